@@ -1,0 +1,1 @@
+"""Reference fixtures: tiny models with weights computed from their names, and their outputs."""
