@@ -1,0 +1,284 @@
+"""Quantization formats as data: element types, scale layouts, packing.
+
+A `QFormat` says everything about how a weight is stored; no other module branches on a format's name.
+The integer and floating grids follow compressed-tensors, the OCP Microscaling specification v1.0 (MXFP4,
+MXFP8), NVIDIA's NVFP4 and the DeepSeek-V3 report (128x128 blocks).
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import jax.numpy as jnp
+
+WHOLE = -1
+"""Block size that means "the whole axis" in `QFormat.block_shape`."""
+
+Offset = Literal["zero_point", "minimum"]
+Storage = Literal["plain", "packed"]
+ScaleRule = Literal["amax", "mx"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """One element type of a quantized array.
+
+    Attributes:
+        name: The field's standard name; the JAX dtype's name where JAX has one.
+        bits: Width of a stored code.
+        min: Smallest finite value of the grid.
+        max: Largest finite value of the grid.
+        mantissa_bits: Explicit mantissa bits of a floating element, None for integers.
+        min_exponent: Exponent of the smallest normal value of a floating element.
+    """
+
+    name: str
+    bits: int
+    min: float
+    max: float
+    mantissa_bits: int | None = None
+    min_exponent: int | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the grid is a floating one."""
+        return self.mantissa_bits is not None
+
+
+def _integer(bits: int) -> Element:
+    return Element(f"int{bits}", bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+ELEMENTS: Mapping[str, Element] = MappingProxyType(
+    {e.name: e for e in map(_integer, range(2, 9))}
+    | {
+        "float8_e4m3fn": Element("float8_e4m3fn", 8, -448.0, 448.0, 3, -6),
+        "float8_e5m2": Element("float8_e5m2", 8, -57344.0, 57344.0, 2, -14),
+        "float4_e2m1fn": Element("float4_e2m1fn", 4, -6.0, 6.0, 1, 0),
+    }
+)
+
+SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn")
+
+
+@dataclasses.dataclass(frozen=True)
+class QFormat:
+    """How a quantized array's last two axes (N, K) are stored.
+
+    The dequantized value is ``(q - zero_point) * scale * global_scale``, or with ``offset="minimum"``
+    ``u * scale + minimum`` where u = q + 2**(bits-1) is the unsigned code.
+
+    Attributes:
+        element: Key of `ELEMENTS`.
+        block_shape: (block_n, block_k) rows and columns that share one scale; `WHOLE` is the whole axis.
+            The last block of an axis may be short; block sizes are never inferred from shapes.
+        scale_dtype: One of `SCALE_DTYPES`.
+        offset: None (symmetric), "zero_point" (integer, in q's units) or "minimum" (in w's units).
+        global_scale: Whether one more float32 multiplier covers the whole (N, K) matrix (NVFP4).
+        scale_rule: "amax" maps a block's amax to the grid's end; "mx" floors its exponent as the
+            Microscaling formats do, after rounding amax at the element's precision.
+        storage: "plain" (one array item per element) or "packed" (uint8: a little-endian bit stream
+            along K; integer codes biased by 2**(bits-1), float4 codes raw).
+
+    Raises:
+        ValueError: If a field is out of its set or the fields contradict each other.
+    """
+
+    element: str
+    block_shape: tuple[int, int]
+    scale_dtype: str = "float32"
+    offset: Offset | None = None
+    global_scale: bool = False
+    scale_rule: ScaleRule = "amax"
+    storage: Storage = "plain"
+
+    def __post_init__(self):
+        def refuse(constraint: str, found: object):
+            raise ValueError(f"QFormat: {constraint}; found {found!r}")
+
+        if self.element not in ELEMENTS:
+            refuse(f"element must be one of {sorted(ELEMENTS)}", self.element)
+        if len(self.block_shape) != 2 or any(b != WHOLE and b < 1 for b in self.block_shape):
+            refuse(
+                "block_shape must be two positive sizes, or -1 for a whole axis", self.block_shape
+            )
+        if self.scale_dtype not in SCALE_DTYPES:
+            refuse(f"scale_dtype must be one of {SCALE_DTYPES}", self.scale_dtype)
+        if self.offset not in (None, "zero_point", "minimum"):
+            refuse("offset must be None, 'zero_point' or 'minimum'", self.offset)
+        if self.offset and self.spec.is_float:
+            refuse("only integer elements take an offset", self.element)
+        if self.scale_rule not in ("amax", "mx"):
+            refuse("scale_rule must be 'amax' or 'mx'", self.scale_rule)
+        if self.scale_rule == "mx" and self.scale_dtype != "float8_e8m0fnu":
+            refuse("the 'mx' rule makes float8_e8m0fnu scales", self.scale_dtype)
+        if self.storage != ("plain" if self.spec.bits == 8 else "packed"):
+            refuse(
+                "8-bit elements are stored 'plain', narrower ones 'packed'",
+                (self.element, self.storage),
+            )
+
+    @property
+    def spec(self) -> Element:
+        """The element type."""
+        return ELEMENTS[self.element]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored element."""
+        return self.spec.bits
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        """Dtype of `QArray.qvalue`."""
+        return jnp.dtype(self.element if self.storage == "plain" else "uint8")
+
+    @property
+    def zero_point_dtype(self) -> jnp.dtype:
+        """Dtype of `QArray.zero_point`: one code wider than q, since GPTQ's zero may be 2**bits."""
+        return jnp.dtype("int16" if self.bits == 8 else "int8")
+
+    def block_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of a block in an array of this logical shape ([..., N, K])."""
+        return tuple(
+            n if b == WHOLE else b for b, n in zip(self.block_shape, shape[-2:], strict=True)
+        )
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of an array of this logical shape: [..., ceil(N/bn), ceil(K/bk)]."""
+        blocks = (
+            -(-n // b) if n else 0 for n, b in zip(shape[-2:], self.block_size(shape), strict=True)
+        )
+        return (*shape[:-2], *blocks)
+
+    @property
+    def k_multiple(self) -> int:
+        """K must be a multiple of this, so that each row's bit stream is whole bytes."""
+        return 1 if self.storage == "plain" else {2: 4, 4: 2}.get(self.bits, 8)
+
+    def storage_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of `QArray.qvalue` for this logical shape.
+
+        Raises:
+            ValueError: If K does not fill whole bytes.
+        """
+        if self.storage == "plain":
+            return tuple(shape)
+        if shape[-1] % self.k_multiple:
+            raise ValueError(
+                f"{self.element} packs K in whole bytes: K must be a multiple of "
+                f"{self.k_multiple}; found shape {tuple(shape)}; pad K"
+            )
+        return (*shape[:-1], shape[-1] * self.bits // 8)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of codes, scales and offsets of an array of this logical shape."""
+
+        def count(s: tuple[int, ...]) -> int:
+            total = 1
+            for n in s:
+                total *= n
+            return total
+
+        scales = count(self.scale_shape(shape))
+        size = count(self.storage_shape(shape)) + scales * jnp.dtype(self.scale_dtype).itemsize
+        if self.offset == "zero_point":
+            size += scales * self.zero_point_dtype.itemsize
+        if self.offset == "minimum":
+            size += scales * jnp.dtype(self.scale_dtype).itemsize
+        if self.global_scale:
+            size += 4 * count(shape[:-2])
+        return size
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationFormat:
+    """How a layer quantizes its input at run time.
+
+    Attributes:
+        format: Grid and block of the quantized activation [tokens, K]: (1, -1) is per token, (1, 128)
+            per token and 128 columns, (-1, -1) one scale for all.
+        static: The scale (for NVFP4: the global scale) is a loaded parameter, not computed.
+        amax_min: Floor of amax, in x's units (DeepSeek-V3: 1e-4).
+        amax_max: Upper bound of amax, in x's units (FBGEMM's activation_scale_ub).
+    """
+
+    format: QFormat
+    static: bool = False
+    amax_min: float = 0.0
+    amax_max: float | None = None
+
+
+def integer_format(
+    bits: int,
+    block_shape: tuple[int, int],
+    *,
+    offset: Offset | None = None,
+    scale_dtype: str = "float32",
+) -> QFormat:
+    """The `QFormat` of a `bits`-wide integer element."""
+    storage = "plain" if bits == 8 else "packed"
+    return QFormat(f"int{bits}", block_shape, scale_dtype, offset, storage=storage)
+
+
+def _presets() -> dict[str, QFormat]:
+    e4m3, e5m2, e2m1, e8m0 = "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float8_e8m0fnu"
+    presets = {
+        "mxfp4": QFormat(e2m1, (1, 32), e8m0, scale_rule="mx", storage="packed"),
+        "mxfp8": QFormat(e4m3, (1, 32), e8m0, scale_rule="mx"),
+        "nvfp4": QFormat(e2m1, (1, 16), e4m3, global_scale=True, storage="packed"),
+    }
+    blocks = {
+        "tensor": (WHOLE, WHOLE),
+        "channel": (1, WHOLE),
+        "1x128": (1, 128),
+        "128x128": (128, 128),
+    }
+    for name, element in (("fp8_e4m3", e4m3), ("fp8_e5m2", e5m2)):
+        for block, shape in blocks.items():
+            presets[f"{name}_{block}"] = QFormat(element, shape)
+            presets[f"{name}_{block}_ue8m0"] = QFormat(element, shape, e8m0)
+    return presets
+
+
+_PRESETS = _presets()
+_INTEGER_NAME = re.compile(r"int([2-8])_(?:(\d+)x(\d+)|(channel)|(tensor))(_asym|_min)?")
+
+
+def qformat(name: str | QFormat) -> QFormat:
+    """The format of this name: a preset of `FORMATS`, or any ``int{2-8}_{1xG|BNxBK|channel|tensor}[_asym|_min]``.
+
+    Scales are float32; use `dataclasses.replace` for another scale dtype.
+
+    Raises:
+        ValueError: If the name is neither.
+    """
+    if isinstance(name, QFormat):
+        return name
+    if name in _PRESETS:
+        return _PRESETS[name]
+    match = _INTEGER_NAME.fullmatch(name)
+    if not match:
+        raise ValueError(
+            f"unknown format {name!r}: use one of {sorted(_PRESETS)} or "
+            "int{2-8}_{1xG|channel|tensor} with an optional _asym or _min"
+        )
+    bits, rows, cols, channel, tensor, suffix = match.groups()
+    block = (1, WHOLE) if channel else (WHOLE, WHOLE) if tensor else (int(rows), int(cols))
+    offset = {None: None, "_asym": "zero_point", "_min": "minimum"}[suffix]
+    return integer_format(int(bits), block, offset=offset)
+
+
+FORMATS: Mapping[str, QFormat] = MappingProxyType(
+    _PRESETS
+    | {
+        name: qformat(name)
+        for bits in (2, 3, 4, 8)
+        for block in ("1x32", "1x64", "1x128", "channel", "tensor")
+        for suffix in ("", "_asym")
+        for name in (f"int{bits}_{block}{suffix}",)
+    }
+)
+"""The named formats; `qformat` also builds any other integer group size."""

@@ -1,0 +1,310 @@
+"""The one quantizer: scales, rounding and codes of every format, for weights, activations, QAT and export.
+
+Rounding is to nearest, ties to even, on every grid. Values beyond the grid saturate, infinities too. NaN
+stays NaN: in fp8 as the element's own NaN, elsewhere through a NaN scale of its block (formats with
+float8_e4m3fn or wider scales), so that it is never lost. A block of zeros gets scale 1.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qjax.formats import ELEMENTS, ActivationFormat, Element, QFormat, qformat
+from qjax.qarray import QArray, dequantize_stored, expand_blocks, pack
+
+
+class Grid(NamedTuple):
+    """The parts of a QArray that do not depend on the codes; fields as in `QArray`."""
+
+    scale: Array
+    zero_point: Array | None = None
+    minimum: Array | None = None
+    global_scale: Array | None = None
+
+
+def quantize(
+    x: Array,
+    format: str | QFormat,
+    *,
+    grid: Grid | None = None,
+    dtype: str | jnp.dtype | None = None,
+) -> QArray:
+    """Quantizes an array by rounding to nearest.
+
+    Args:
+        x: [..., N, K], floating.
+        format: A `QFormat` or a name that `qjax.formats.qformat` knows.
+        grid: Scales and offsets to use instead of those of `compute_grid`.
+        dtype: Dtype that the result dequantizes to; default x's.
+
+    Raises:
+        ValueError: If x has fewer than two axes or is not floating, or K does not suit the format.
+    """
+    format = qformat(format)
+    _check_input("quantize", x, format)
+    if grid is None:
+        grid = compute_grid(x, format)
+    codes = round_to_grid(x, format, grid)
+    return QArray.from_parts(
+        format,
+        pack(codes, format),
+        grid.scale,
+        zero_point=grid.zero_point,
+        minimum=grid.minimum,
+        global_scale=grid.global_scale,
+        dtype=x.dtype if dtype is None else dtype,
+    )
+
+
+def quantize_dequantize(x: Array, format: str | QFormat, *, grid: Grid | None = None) -> Array:
+    """``quantize(x).dequantize()`` in x's dtype: the value that the format keeps of x."""
+    return quantize(x, format, grid=grid).dequantize()
+
+
+def _check_input(op: str, x: Array, format: QFormat) -> None:
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{op}: needs a floating array of two or more axes [..., N, K]; found {x.dtype}{list(x.shape)}"
+        )
+    bk = format.block_shape[1]
+    if format.block_shape[0] == 1 and bk > 1 and x.shape[-1] % bk:
+        raise ValueError(
+            f"{op}: group size {bk} must divide K = {x.shape[-1]} (shape {list(x.shape)}); "
+            "choose another group size or pad K"
+        )
+    format.storage_shape(x.shape)
+
+
+def compute_grid(
+    x: Array,
+    format: QFormat,
+    *,
+    global_scale: Array | None = None,
+    amax_min: float = 0.0,
+    amax_max: float | None = None,
+) -> Grid:
+    """Scales and offsets of x's blocks from their extreme values.
+
+    The integer rules are compressed-tensors': symmetric scale = amax / ((2**bits - 1) / 2), asymmetric
+    scale = (max - min) / (2**bits - 1) over a range that includes 0. Floating grids map amax to the
+    element's largest value; e8m0 scales round up to a power of two ("amax" rule) or follow the
+    Microscaling rule ("mx"); NVFP4's global scale maps the largest block scale to 448.
+
+    Args:
+        x: [..., N, K].
+        format: The format.
+        global_scale: Use this one (float32 [..., 1, 1]) instead of computing it.
+        amax_min: Floor of a block's amax.
+        amax_max: Upper bound of a block's amax.
+    """
+    element = format.spec
+    if format.offset is not None:
+        return _asymmetric_grid(x, format)
+    amax = _reduce_blocks(jnp.abs(x.astype(jnp.float32)), format, jnp.max)
+    if amax_min:
+        amax = jnp.maximum(amax, amax_min)
+    if amax_max is not None:
+        amax = jnp.minimum(amax, amax_max)
+    if format.scale_rule == "mx":
+        return Grid(_microscale(amax, element))
+    half_range = element.max if element.is_float else (element.max - element.min) / 2
+    scale = amax / half_range
+    if format.global_scale:
+        if global_scale is None:
+            largest = jnp.max(amax, axis=(-2, -1), keepdims=True)
+            divisor = ELEMENTS["float8_e4m3fn"].max * element.max / _at_least_tiny(largest)
+            # The reciprocal of a float32 divisor, so that exporters that store the divisor round-trip.
+            global_scale = jnp.where(largest == 0, 1.0, 1.0 / divisor)
+        scale = scale / global_scale
+    return Grid(_store_scale(scale, amax, format.scale_dtype), global_scale=global_scale)
+
+
+def round_to_grid(x: Array, format: QFormat, grid: Grid) -> Array:
+    """Element values of x on this grid, float32 [..., N, K]: signed integers q, or values of a floating element."""
+    block = format.block_size(x.shape)
+    x = x.astype(jnp.float32)
+    scale = expand_blocks(grid.scale.astype(jnp.float32), x.shape, block)
+    if grid.global_scale is not None:
+        scale = scale * grid.global_scale
+    if grid.minimum is not None:
+        x = x - expand_blocks(grid.minimum.astype(jnp.float32), x.shape, block)
+        q = jnp.round(x / scale) - 2.0 ** (format.bits - 1)
+    elif grid.zero_point is not None:
+        zero_point = expand_blocks(grid.zero_point.astype(jnp.float32), x.shape, block)
+        q = jnp.round(x / scale) + zero_point
+    else:
+        q = x / scale
+    # 0/0 and inf/inf of blocks whose scale is NaN or infinite must not become arbitrary integers.
+    return round_to_element(q, format.spec)
+
+
+def round_to_element(x: Array, element: Element) -> Array:
+    """Rounds float32 values to the element's grid: nearest, ties to even, saturating.
+
+    NaN gives 0 for integers and e2m1 (their block's scale carries it) and NaN for fp8.
+    """
+    if not element.is_float:
+        return jnp.clip(jnp.round(jnp.nan_to_num(x, nan=0.0)), element.min, element.max)
+    magnitude = jnp.minimum(jnp.abs(x), element.max)
+    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+    exponent = jnp.maximum((bits >> 23) - 127, element.min_exponent)
+    # The distance of neighbours on the grid is a power of two, so dividing by it is exact.
+    step = jax.lax.bitcast_convert_type((exponent - element.mantissa_bits + 127) << 23, jnp.float32)
+    rounded = jnp.copysign(jnp.round(magnitude / step) * step, x)
+    nan = jnp.nan if element.bits == 8 else 0.0
+    return jnp.where(jnp.isnan(x), nan, rounded)
+
+
+def quantize_activation(
+    x: Array, activation: ActivationFormat, *, scale: Array | None = None
+) -> QArray:
+    """Quantizes a layer's input [M, K] at run time.
+
+    Args:
+        x: [M, K], floating.
+        activation: Grid, static or dynamic, bounds.
+        scale: float32 scalar of a static format: the scale, or NVFP4's global scale.
+
+    Raises:
+        ValueError: If a static format comes without its scale, or a dynamic one with it.
+    """
+    format = activation.format
+    _check_input("quantize_activation", x, format)
+    if activation.static != (scale is not None):
+        raise ValueError(
+            f"quantize_activation: a {'static' if activation.static else 'dynamic'} activation format "
+            f"{'needs' if activation.static else 'takes no'} scale"
+        )
+    if scale is not None:
+        scale = jnp.asarray(scale, jnp.float32).reshape(1, 1)
+    if scale is not None and not format.global_scale:
+        grid = Grid(scale.astype(format.scale_dtype))
+    else:
+        grid = compute_grid(
+            x,
+            format,
+            global_scale=scale,
+            amax_min=activation.amax_min,
+            amax_max=activation.amax_max,
+        )
+    return quantize(x, format, grid=grid)
+
+
+def requantize(w: QArray, format: str | QFormat, *, dtype: str | jnp.dtype | None = None) -> QArray:
+    """Quantizes w's values anew into another format."""
+    x = w.dequantize(jnp.float32)
+    return quantize(x, format, dtype=w.dtype if dtype is None else dtype)
+
+
+def refine_blocks(w: QArray, block_shape: tuple[int, int]) -> QArray:
+    """The same values with smaller blocks: scales are repeated, codes stay, nothing is lost.
+
+    Raises:
+        ValueError: If the new blocks do not divide the old ones.
+    """
+    old, shape = w.format.block_size(w.shape), w.shape
+    if any(o % n for o, n in zip(old, block_shape, strict=True)):
+        raise ValueError(f"refine_blocks: {block_shape} must divide the blocks {old}")
+    format = dataclasses.replace(w.format, block_shape=tuple(block_shape))
+    new = format.scale_shape(shape)
+
+    def refine(part: Array | None) -> Array | None:
+        if part is None:
+            return None
+        for axis in (-2, -1):
+            part = jnp.repeat(part, old[axis] // block_shape[axis], axis=axis)
+        return part[..., : new[-2], : new[-1]]
+
+    return dataclasses.replace(
+        w,
+        scale=refine(w.scale),
+        zero_point=refine(w.zero_point),
+        minimum=refine(w.minimum),
+        format=format,
+    )
+
+
+def _asymmetric_grid(x: Array, format: QFormat) -> Grid:
+    x = x.astype(jnp.float32)
+    high = jnp.maximum(_reduce_blocks(x, format, jnp.max), 0.0)
+    low = jnp.minimum(_reduce_blocks(x, format, jnp.min), 0.0)
+    scale = (high - low) / (2**format.bits - 1)
+    scale = _store_scale(scale, high - low, format.scale_dtype)
+    if format.offset == "minimum":
+        return Grid(scale, minimum=low.astype(format.scale_dtype))
+    element = format.spec
+    zero_point = jnp.round(element.min - low / scale.astype(jnp.float32))
+    zero_point = jnp.clip(jnp.nan_to_num(zero_point), element.min, element.max)
+    return Grid(scale, zero_point=zero_point.astype(format.zero_point_dtype))
+
+
+def _reduce_blocks(x: Array, format: QFormat, reduce) -> Array:
+    """[..., N, K] -> [..., ceil(N/bn), ceil(K/bk)]; infinities don't count, NaN does."""
+    x = jnp.where(jnp.isinf(x), 0.0, x)
+    bn, bk = format.block_size(x.shape)
+    *lead, n, k = x.shape
+    rows, cols = format.scale_shape(x.shape)[-2:]
+    # Zeros fill a short last block: they change neither amax nor a range that includes 0.
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, rows * bn - n), (0, cols * bk - k)])
+    return reduce(x.reshape(*lead, rows, bn, cols, bk), axis=(-3, -1))
+
+
+def _store_scale(scale: Array, amax: Array, dtype: str) -> Array:
+    """Rounds positive scales to their storage dtype, never to 0; blocks of zeros get 1."""
+    zero_block = amax == 0
+    if dtype == "float8_e8m0fnu":
+        stored = _power_of_two(jnp.where(zero_block, 1.0, scale))
+    elif dtype == "float8_e4m3fn":
+        smallest = 2.0**-9
+        rounded = jnp.maximum(round_to_element(scale, ELEMENTS[dtype]), smallest)
+        stored = jnp.where(zero_block, 1.0, rounded).astype(dtype)
+    else:
+        info = jnp.finfo(dtype)
+        bounded = jnp.clip(scale, float(info.tiny), float(info.max))
+        stored = jnp.where(zero_block, 1.0, bounded).astype(dtype)
+    return stored
+
+
+def _power_of_two(scale: Array) -> Array:
+    """The smallest power of two that is not below a positive float32, as float8_e8m0fnu."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    exponent = (bits + 0x7FFFFF) >> 23
+    code = jnp.where(jnp.isnan(scale), 255, jnp.clip(exponent, 1, 254))
+    return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), jnp.float8_e8m0fnu)
+
+
+def _microscale(amax: Array, element: Element) -> Array:
+    """Microscaling's block scale: 2**(floor(log2(amax)) - emax), amax first rounded at the element's precision.
+
+    That rounding (compressed-tensors', half an ulp of the element added before the mantissa is dropped)
+    moves an amax which would round up past the grid's end into the next binade.
+    """
+    bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
+    half_ulp = 1 << (23 - element.mantissa_bits - 1)
+    largest_exponent = (
+        jax.lax.bitcast_convert_type(jnp.float32(element.max), jnp.int32) >> 23
+    ) - 127
+    code = jnp.clip(((bits + half_ulp) >> 23) - largest_exponent, 1, 254)
+    code = jnp.where(amax == 0, 127, jnp.where(jnp.isnan(amax), 255, code))
+    return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), jnp.float8_e8m0fnu)
+
+
+def _at_least_tiny(x: Array) -> Array:
+    return jnp.maximum(x, float(jnp.finfo(jnp.float32).tiny))
+
+
+__all__ = [
+    "Grid",
+    "compute_grid",
+    "dequantize_stored",
+    "quantize",
+    "quantize_activation",
+    "quantize_dequantize",
+    "refine_blocks",
+    "requantize",
+    "round_to_element",
+    "round_to_grid",
+]
