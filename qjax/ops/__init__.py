@@ -1,1 +1,16 @@
-"""."""
+"""Ops on plain and quantized arrays: plain functions, one device, differentiable."""
+
+from qjax.ops._attention import dot_product_attention, paged_attention
+from qjax.ops._dispatch import require_kernels
+from qjax.ops._dot import dot
+from qjax.ops._ragged_dot import ragged_dot
+from qjax.ops._take import take_rows
+
+__all__ = [
+    "dot",
+    "dot_product_attention",
+    "paged_attention",
+    "ragged_dot",
+    "require_kernels",
+    "take_rows",
+]

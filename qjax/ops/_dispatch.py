@@ -1,0 +1,75 @@
+"""Choice between a kernel and the XLA reference: decided while tracing, never by catching an exception."""
+
+import contextlib
+import contextvars
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+
+_log = logging.getLogger(__name__)
+_required: contextvars.ContextVar[bool] = contextvars.ContextVar("required", default=False)
+
+Implementation = Literal["pallas_mosaic_gpu", "xla"]
+IMPLEMENTATIONS = ("pallas_mosaic_gpu", "xla")
+
+
+@contextlib.contextmanager
+def require_kernels() -> Iterator[None]:
+    """Makes every op that would fall back to XLA raise instead.
+
+    It acts while a function is traced: a function that was compiled outside is not checked again.
+    """
+    token = _required.set(True)
+    try:
+        yield
+    finally:
+        _required.reset(token)
+
+
+def choose(op: str, implementation: str | None, reason: str | None) -> Implementation:
+    """The implementation to run.
+
+    Args:
+        op: The op's name, for messages.
+        implementation: What the caller asked for, None for the kernel where there is one.
+        reason: Why the kernel can't take these arguments on this device, None if it can.
+
+    Raises:
+        ValueError: If the kernel was asked for, or kernels are required, and there is a reason against it;
+            or if the word is unknown.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"{op}: implementation must be None or one of {IMPLEMENTATIONS}; found {implementation!r}"
+        )
+    if implementation == "xla":
+        return "xla"
+    if reason is None:
+        return "pallas_mosaic_gpu"
+    if implementation is not None:
+        raise ValueError(f"{op}: the pallas_mosaic_gpu kernel can't run: {reason}")
+    if _required.get():
+        raise ValueError(f"{op}: kernels are required and there is none for this call: {reason}")
+    _log_fallback(op, reason)
+    return "xla"
+
+
+@functools.cache
+def _log_fallback(op: str, reason: str) -> None:
+    _log.info("%s runs through XLA: %s", op, reason)
+
+
+@functools.cache
+def device_reason(*capabilities: str) -> str | None:
+    """Why the default device can't run kernels for these compute capabilities ("9.0"), None if it can."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"the device is a {device.platform}, not an NVIDIA GPU"
+    capability = str(getattr(device, "compute_capability", ""))
+    if capability not in capabilities:
+        wanted = " or ".join(capabilities)
+        return f"the GPU's compute capability is {capability}, the kernel needs {wanted}"
+    return None

@@ -1,0 +1,101 @@
+"""Grouped matrix product of a mixture of experts: each group of rows meets its own expert's weight."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from qjax.formats import ActivationFormat
+from qjax.ops._dispatch import choose, device_reason
+from qjax.ops._dot import straight_through
+from qjax.qarray import QArray, dequantize_stored
+from qjax.quantization import quantize_activation
+
+
+def ragged_dot(
+    lhs: Float[Array, "M K"],
+    rhs: Array | QArray,
+    group_sizes: Int[Array, " E"],
+    *,
+    bias: Float[Array, "E N"] | None = None,
+    activation_format: ActivationFormat | None = None,
+    activation_scale: Array | None = None,
+    out_dtype: str | jnp.dtype | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """lhs[rows of expert e] @ rhs[e].T for consecutive groups of rows, summed in float32.
+
+    Args:
+        lhs: Rows sorted by expert.
+        rhs: [E, N, K], plain or quantized.
+        group_sizes: Rows of each expert; rows past their sum come out as zeros.
+        bias: [E, N], added in float32.
+        activation_format: Quantizes lhs first.
+        activation_scale: The scale of a static activation format, a scalar or one per expert [E].
+        out_dtype: Result's dtype; default lhs's.
+        implementation: "pallas_mosaic_gpu", "xla" or None for the kernel where there is one.
+
+    Raises:
+        ValueError: If the shapes disagree, or the implementation asked for can't take the arguments.
+    """
+    if rhs.ndim != 3 or rhs.shape[-1] != lhs.shape[-1] or rhs.shape[0] != group_sizes.shape[0]:
+        raise ValueError(
+            "ragged_dot: needs lhs [M, K], rhs [E, N, K], group_sizes [E]; found "
+            f"{list(lhs.shape)}, {list(rhs.shape)}, {list(group_sizes.shape)}"
+        )
+    out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
+    experts = rhs.shape[0]
+    ends = jnp.cumsum(group_sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(lhs.shape[0]), side="right")
+    inside = (expert < experts)[:, None]
+    expert = jnp.minimum(expert, experts - 1)
+    if isinstance(rhs, QArray) and rhs.column_perm is not None:
+        raise ValueError("ragged_dot: experts with a column permutation are not supported")
+    x = lhs.astype(jnp.float32)
+    if activation_format is not None:
+        x = straight_through(x, _quantized(lhs, activation_format, activation_scale, expert))
+    if isinstance(rhs, QArray):
+        choose("ragged_dot", implementation, device_reason("9.0") or "no kernel yet")
+        y = _xla(x, rhs, group_sizes)
+    else:
+        y = jax.lax.ragged_dot(
+            x.astype(lhs.dtype),
+            jnp.swapaxes(rhs, 1, 2).astype(lhs.dtype),
+            group_sizes.astype(jnp.int32),
+            preferred_element_type=jnp.float32,
+        )
+    if bias is not None:
+        y = y + jnp.take(bias.astype(jnp.float32), expert, axis=0)
+    return jnp.where(inside, y, 0.0).astype(out_dtype)
+
+
+def _quantized(lhs, activation_format, scale, expert) -> Array:
+    """lhs as its quantized values, float32; one scale per expert means one per row here."""
+    if scale is None or scale.size == 1:
+        return dequantize_stored(quantize_activation(lhs, activation_format, scale=scale))
+    rows = jnp.take(scale.reshape(-1), expert)
+
+    def one(row, row_scale):
+        return dequantize_stored(quantize_activation(row[None], activation_format, scale=row_scale))
+
+    return jax.vmap(one)(lhs, rows)[:, 0]
+
+
+def _xla(x: Array, rhs: QArray, group_sizes: Array) -> Array:
+    """The reference, float32: one expert at a time, so that only one is ever dequantized."""
+    ends = jnp.cumsum(group_sizes)
+    rows = jnp.arange(x.shape[0])
+
+    def expert(carry, item):
+        w, start, end = item
+        mine = ((rows >= start) & (rows < end))[:, None]
+        product = jax.lax.dot_general(
+            jnp.where(mine, x, 0.0),
+            dequantize_stored(w),
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return carry + product, None
+
+    y = jnp.zeros((x.shape[0], rhs.shape[1]), jnp.float32)
+    return jax.lax.scan(expert, y, (rhs, ends - group_sizes, ends))[0]
