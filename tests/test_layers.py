@@ -1,0 +1,39 @@
+"""Imports go only down, and the two mapped folders import under one name only."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_import_contracts_of_pyproject_hold(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["models", "pallas_kernels"])
+def test_mapped_folder_imports_only_through_the_package(folder):
+    bare = run_python(f"import {folder}.x")
+    assert bare.returncode != 0
+    assert f"ImportError: import qjax.{folder}" in bare.stderr
+    inside = run_python(f"import qjax.{folder} as m; print(m.__name__, m.__file__)")
+    name, file = inside.stdout.split()
+    assert name == f"qjax.{folder}"
+    assert Path(file).resolve() == ROOT / folder / "__init__.py"
+
+
+def test_importing_qjax_leaves_jax_uninitialized_and_flax_out():
+    code = (
+        "import sys, qjax.quantization, qjax.ops; from jax._src import xla_bridge;"
+        "print(xla_bridge.backends_are_initialized(), 'flax' in sys.modules)"
+    )
+    assert run_python(code).stdout.split() == ["False", "False"]
