@@ -1,0 +1,128 @@
+"""Mosaic GPU's interpret mode on the CPU, completed by what mixed-input kernels need.
+
+JAX 0.11.2's interpreter refuses two things that run on the GPU: ``wgmma`` with its left operand in registers,
+and ``inline_mgpu`` that returns a value. While `interpret` is active, the first is computed with numpy, and the
+second calls the function's ``interpret_impl`` attribute, a jax.numpy reference of the inlined PTX.
+
+The interpreter executes wgmma at once, so a missing ``wgmma_wait`` is not caught here, and it checks no register
+layouts; `qjax.testing.lower_for_gpu` and `ptxas_reports` check those.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax._src import callback
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
+    get_races,
+    reset_gpu_interpret_mode_state,
+)
+from jax._src.state import types as state_types
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_Interpreter = jaxpr_interpret.JaxprInterpreter
+_interpret_wgmma = _Interpreter._interpret_wgmma_ref_p
+_interpret_inline = _Interpreter._interpret_inline_mgpu_p
+
+
+@contextlib.contextmanager
+def interpret(*, detect_races: bool = True) -> Iterator[None]:
+    """Runs the Mosaic GPU kernels that are traced in its body on the CPU.
+
+    Reads out of bounds raise, memory that nothing wrote reads as NaN, and a barrier that completes more often
+    than it is waited for raises.
+
+    Args:
+        detect_races: Also report unsynchronized accesses to one buffer, including generic-proxy reads that
+            a later TMA write does not wait for.
+
+    Raises:
+        AssertionError: If the body ran and the race detector found something.
+    """
+    _Interpreter._interpret_wgmma_ref_p = _interpret_wgmma_or_register
+    _Interpreter._interpret_inline_mgpu_p = _interpret_inline_reference
+    try:
+        with plgpu.force_gpu_interpret_mode(
+            plgpu.InterpretGPUParams(detect_races=detect_races, out_of_bounds_reads="raise")
+        ):
+            yield
+            jax.effects_barrier()
+        races = detect_races and get_races()
+        if races and races.races_found:
+            raise AssertionError("the kernel has data races; the interpreter printed each of them")
+    finally:
+        _Interpreter._interpret_wgmma_ref_p = _interpret_wgmma
+        _Interpreter._interpret_inline_mgpu_p = _interpret_inline
+        # After an exception the interpreter's shared state would break every later kernel.
+        reset_gpu_interpret_mode_state()
+
+
+def _interpret_wgmma_or_register(self, eqn, token, get_invals):
+    accumulator_var, lhs_var, rhs_var = eqn.invars[:3]
+    if isinstance(lhs_var.aval, state_types.AbstractRef):
+        return _interpret_wgmma(self, eqn, token, get_invals)
+    accumulator, lhs, rhs, *leaves = get_invals()
+    trees = tuple(
+        eqn.params[name] or jax.tree.structure([])
+        for name in ("acc_transforms_tree", "a_transforms_tree", "b_transforms_tree")
+    )
+    transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+    accumulator, accumulator_transforms = jaxpr_interpret.resolve_ref(
+        accumulator_var.aval, accumulator, transforms[0]
+    )
+    rhs, rhs_transforms = jaxpr_interpret.resolve_ref(rhs_var.aval, rhs, transforms[2])
+    token = callback.io_callback(
+        functools.partial(_multiply_register, source_info=eqn.source_info),
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        accumulator_key=accumulator,
+        accumulator_transforms=accumulator_transforms,
+        lhs=lhs,
+        rhs_key=rhs,
+        rhs_transforms=rhs_transforms,
+    )
+    return token, []
+
+
+@gpu_callbacks.fail_on_exception
+def _multiply_register(
+    *,
+    token,
+    mesh_location,
+    thread,
+    accumulator_key,
+    accumulator_transforms,
+    lhs,
+    rhs_key,
+    rhs_transforms,
+    source_info,
+):
+    """accumulator += lhs @ rhs, with the interpreter's own bookkeeping of accesses."""
+
+    def locate(key, transforms):
+        key = gpu_callbacks.HostAllocationKey.from_array(key)
+        transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
+        return key, memory.access(key, transforms)
+
+    memory = gpu_callbacks._get_shared_memory()
+    info = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
+    rhs, *_ = memory.get_buffer_content(*locate(rhs_key, rhs_transforms), thread, logging_info=info)
+    target = locate(accumulator_key, accumulator_transforms)
+    total, *_ = memory.get_buffer_content(*target, thread, logging_info=info)
+    total = total + np.matmul(np.asarray(lhs), rhs, dtype=total.dtype)
+    memory.store_buffer_content(*target, total, thread, logging_info=info)
+    return token
+
+
+def _interpret_inline_reference(self, eqn, token, get_invals):
+    reference = getattr(eqn.params["mgpu_fn"], "interpret_impl", None)
+    if reference is None:
+        return _interpret_inline(self, eqn, token, get_invals)
+    tree = eqn.params["pytree_args"]
+    arguments = jax.tree.unflatten(tree, get_invals()[: tree.num_leaves])
+    return token, jax.tree.leaves(reference(*arguments))
