@@ -179,7 +179,9 @@ def _schemes() -> dict[str, QuantSpec]:
         "W4A8": QuantSpec(_group_int(4, 128), int8_token),
         "INT8": QuantSpec(channel_int8, int8_token),
         "W8A8": QuantSpec(channel_int8, int8_token),
-        "FP8_BLOCK": QuantSpec(qformat("fp8_e4m3_128x128"), _token("fp8_e4m3_1x128", amax_min=1e-4)),
+        "FP8_BLOCK": QuantSpec(
+            qformat("fp8_e4m3_128x128"), _token("fp8_e4m3_1x128", amax_min=1e-4)
+        ),
         "FP8_DYNAMIC": QuantSpec(qformat("fp8_e4m3_channel"), fp8_token),
         "FP8": QuantSpec(qformat("fp8_e4m3_tensor"), _token("fp8_e4m3_tensor", static=True)),
         "MXFP4A16": QuantSpec(qformat("mxfp4")),

@@ -1,1 +1,44 @@
-"""."""
+"""Flax NNX layers over plain and quantized weights, sharded by rules."""
+
+from qjax.nn._attention import Attention, HeadSharding, Tokens, attend
+from qjax.nn._causal_lm import CausalLM, Decoder, quantizable
+from qjax.nn._linear import Embedding, Linear, RMSNorm, sharded_dot
+from qjax.nn._mlp import GatedMLP
+from qjax.nn._moe import ExpertLinear
+from qjax.nn._params import (
+    ActivationScale,
+    Context,
+    KVScale,
+    QuantizedParam,
+    abstract_param,
+    abstract_weight,
+    initialize,
+    modules,
+)
+from qjax.nn._rope import Rope, yarn_mscale
+
+__all__ = [
+    "ActivationScale",
+    "Attention",
+    "CausalLM",
+    "Context",
+    "Decoder",
+    "Embedding",
+    "ExpertLinear",
+    "GatedMLP",
+    "HeadSharding",
+    "KVScale",
+    "Linear",
+    "QuantizedParam",
+    "RMSNorm",
+    "Rope",
+    "Tokens",
+    "abstract_param",
+    "abstract_weight",
+    "attend",
+    "initialize",
+    "modules",
+    "quantizable",
+    "sharded_dot",
+    "yarn_mscale",
+]

@@ -60,7 +60,10 @@ def dot(
         quantized = quantize_activation(x.reshape(-1, k), activation_format, scale=activation_scale)
     if not isinstance(w, QArray) and not isinstance(quantized, QArray):
         y = jax.lax.dot_general(
-            x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            x,
+            w.astype(x.dtype),
+            (((x.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )
     else:
         choose("dot", implementation, unsupported_reason(quantized, w))
@@ -75,9 +78,7 @@ def dot(
 
 def unsupported_reason(x: Array | QArray, w: Array | QArray) -> str | None:
     """Why no kernel takes this product, None if one does."""
-    return device_reason("9.0") or (
-        f"no kernel for x {_describe(x)} and w {_describe(w)}"
-    )
+    return device_reason("9.0") or (f"no kernel for x {_describe(x)} and w {_describe(w)}")
 
 
 def _describe(a: Array | QArray) -> str:

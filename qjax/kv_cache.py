@@ -1,0 +1,201 @@
+"""The paged KV cache: pools of pages, plain or quantized, and the table that says whose they are."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Int
+
+from qjax.formats import WHOLE, QFormat, qformat
+from qjax.qarray import QArray
+from qjax.quantization import Grid, compute_grid, quantize
+from qjax.recipe import KVCacheFormat
+from qjax.sharding import Sharding
+
+PAGE_SIZE = 16
+"""Default tokens per page: small enough to waste little, a multiple of 8 for the kernels."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's pages.
+
+    Attributes:
+        key: [P, K, page_size, H], an array or a QArray of that logical shape.
+        value: [P, K, page_size, Hv]; None where values are the keys' first channels (latent attention).
+    """
+
+    key: Array | QArray
+    value: Array | QArray | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """All layers' pages and the sequences that own them.
+
+    Attributes:
+        layers: One `LayerCache` per layer.
+        page_table: int32 [B, pages]: page numbers of each sequence, counted within its data shard.
+        lengths: int32 [B]: tokens written of each sequence.
+    """
+
+    layers: tuple[LayerCache, ...]
+    page_table: Int[Array, "B pages"]
+    lengths: Int[Array, " B"]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.layers[0].key.shape[-2]
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that a sequence can hold."""
+        return self.page_table.shape[1] * self.page_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """What a layer caches per token: `heads` keys of `key_dim` channels and values of `value_dim` (0: none)."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    heads_axis: str | None = None
+
+
+def page_format(format: KVCacheFormat) -> QFormat | None:
+    """The `QFormat` of quantized pages, None for plain ones."""
+    if not format.quantized:
+        return None
+    if format.element == "nvfp4":
+        return qformat("nvfp4")
+    block = (1, WHOLE) if format.scale == "token_head" else (WHOLE, WHOLE)
+    return QFormat(format.element, block)
+
+
+def create(
+    batch: int,
+    max_len: int,
+    layers: Sequence[LayerShape],
+    format: KVCacheFormat,
+    *,
+    scales: Sequence[tuple[Float[Array, " K"], Float[Array, " K"]]] | None = None,
+    page_size: int = PAGE_SIZE,
+    sharding: Sharding | None = None,
+) -> KVCache:
+    """An empty cache with pages for `batch` sequences of up to `max_len` tokens.
+
+    Args:
+        batch: B.
+        max_len: Tokens per sequence, rounded up to whole pages.
+        layers: Shape of each layer.
+        format: Storage of the pages.
+        scales: (key, value) scales per layer and head [K] of a format with loaded scales; default 1.
+        page_size: Tokens per page, a multiple of 8.
+        sharding: Mesh and rules: pages are cut over batch and heads.
+
+    Raises:
+        ValueError: If a size doesn't suit.
+    """
+    if batch < 1 or max_len < 1 or page_size < 8 or page_size % 8:
+        raise ValueError(
+            "kv_cache: batch and max_len must be positive and page_size a multiple of 8; found "
+            f"{batch}, {max_len}, {page_size}"
+        )
+    sharding = Sharding() if sharding is None else sharding
+    rows = sharding.axis("batch", batch)
+    pages = -(-max_len // page_size)
+    per_shard = batch // sharding.size(rows)
+    table = jnp.arange(per_shard * pages, dtype=jnp.int32).reshape(per_shard, pages)
+    table = jnp.tile(table, (sharding.size(rows), 1))
+    built = []
+    for i, layer in enumerate(layers):
+        key_scale, value_scale = (None, None) if scales is None else scales[i]
+        shape = (batch * pages, layer.heads, page_size)
+        key = _pool((*shape, layer.key_dim), format, key_scale)
+        value = _pool((*shape, layer.value_dim), format, value_scale) if layer.value_dim else None
+        built.append(_place(LayerCache(key, value), sharding, (rows, layer.heads_axis)))
+    return KVCache(
+        tuple(built),
+        _place(table, sharding, (rows,)),
+        _place(jnp.zeros((batch,), jnp.int32), sharding, (rows,)),
+    )
+
+
+def _pool(shape: tuple[int, ...], format: KVCacheFormat, scale: Array | None) -> Array | QArray:
+    f = page_format(format)
+    if f is None:
+        return jnp.zeros(shape, format.element)
+    if scale is None:
+        scale = jnp.ones((shape[1],), jnp.float32)
+    scale = jnp.broadcast_to(scale.reshape(1, -1, 1, 1), (*shape[:2], 1, 1))
+    if f.global_scale:
+        zeros = jnp.zeros(f.scale_shape(shape), f.scale_dtype)
+        return QArray.from_parts(
+            f, jnp.zeros(f.storage_shape(shape), jnp.uint8), zeros, global_scale=scale
+        )
+    if format.scale == "token_head":
+        scale = jnp.ones(f.scale_shape(shape), jnp.float32)
+    return QArray.from_parts(f, jnp.zeros(shape, f.storage_dtype), scale)
+
+
+def _place(tree, sharding: Sharding, lead: tuple[str | None, ...]):
+    if sharding.mesh is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec(*lead)))
+
+
+def write(
+    pages: Array | QArray,
+    page_table: Int[Array, "B pages"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    values: Float[Array, "B T K H"],
+) -> Array | QArray:
+    """The pool with these tokens' keys or values written at their positions.
+
+    Args:
+        pages: The pool.
+        page_table: Pages of each sequence.
+        positions: Where each token goes in its sequence.
+        valid: Tokens that are real; the others are not written.
+        values: The tokens' keys or values, quantized here as the pool is.
+    """
+    page_size = pages.shape[-2]
+    page = jnp.take_along_axis(page_table, positions // page_size, axis=1, mode="clip")
+    inside = valid & (positions < page_table.shape[1] * page_size)
+    # Out of range means dropped; a page of its own would have to be allocated otherwise.
+    page = jnp.where(inside, page, pages.shape[0])
+    slot = positions % page_size
+
+    def put(pool, new):
+        return pool.at[page, :, slot].set(new.astype(pool.dtype), mode="drop")
+
+    if not isinstance(pages, QArray):
+        return put(pages, values)
+    x = values[..., None, :]  # one row per token and head
+    f = pages.format
+    if f.block_shape == (WHOLE, WHOLE):
+        scale = jnp.take(pages.scale, page, axis=0, mode="clip")
+        q = quantize(x, f, grid=Grid(scale))
+        return dataclasses.replace(pages, qvalue=put(pages.qvalue, q.qvalue[..., 0, :]))
+    global_scale = None
+    if f.global_scale:
+        global_scale = jnp.take(pages.global_scale, page, axis=0, mode="clip")
+    q = quantize(x, f, grid=compute_grid(x, f, global_scale=global_scale))
+    return dataclasses.replace(
+        pages,
+        qvalue=put(pages.qvalue, q.qvalue[..., 0, :]),
+        scale=put(pages.scale, q.scale[..., 0, :]),
+    )

@@ -1,0 +1,202 @@
+"""Linear layers and embeddings over plain or quantized weights, column or row parallel on a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from qjax.nn._params import Context, abstract_activation_scale, abstract_param, abstract_weight
+from qjax.ops import dot, take_rows
+from qjax.qarray import QArray
+from qjax.quantization import quantize_activation, refine_blocks
+from qjax.sharding import array_specs, sharded_format
+
+
+class Linear(nnx.Module):
+    """``y = x @ weight.T + bias`` with weight [out, in].
+
+    On a mesh the weight is cut along `out_axis` (column parallel: so is y) or `in_axis` (row parallel:
+    x is cut and partial sums are added up). Gradients with respect to x flow through a quantized weight;
+    with activation quantization they do on one device only.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        path: str,
+        context: Context,
+        *,
+        use_bias: bool = False,
+        in_axis: str | None = None,
+        out_axis: str | None = None,
+    ):
+        """Builds the layer with abstract parameters.
+
+        Args:
+            in_features: K.
+            out_features: N.
+            path: The module's path, under which `context` has its spec.
+            context: Specs, dtype, sharding.
+            use_bias: Whether there is a bias [N].
+            in_axis: Mesh axis that cuts K.
+            out_axis: Mesh axis that cuts N.
+        """
+        spec = context.spec(path)
+        axes = (out_axis, in_axis)
+        shape = (out_features, in_features)
+        self.weight = abstract_weight(shape, spec.weights, context, axes, path)
+        bias = abstract_param((out_features,), context.dtype, context.sharding, (out_axis,))
+        self.bias = bias if use_bias else None
+        self.activation_format = spec.activations
+        self.activation_scale = abstract_activation_scale(spec, (), context.sharding, ())
+        self.in_axis, self.out_axis = in_axis, out_axis
+        self.sharding = context.sharding
+        self.implementation = context.implementation
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+        """The product in x's dtype."""
+        scale = None if self.activation_scale is None else self.activation_scale.get_value()
+        return sharded_dot(
+            x,
+            self.weight.get_value(),
+            bias=None if self.bias is None else self.bias.get_value(),
+            activation_format=self.activation_format,
+            activation_scale=scale,
+            sharding=self.sharding,
+            in_axis=self.in_axis,
+            out_axis=self.out_axis,
+            implementation=self.implementation,
+        )
+
+
+def sharded_dot(
+    x,
+    w,
+    *,
+    bias=None,
+    activation_format=None,
+    activation_scale=None,
+    sharding,
+    in_axis,
+    out_axis,
+    out_dtype=None,
+    implementation=None,
+) -> Array:
+    """`qjax.ops.dot` on each device's part of the weight; arguments as there, axes as in `Linear`."""
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if sharding.mesh is None:
+        return dot(
+            x,
+            w,
+            bias=bias,
+            activation_format=activation_format,
+            activation_scale=activation_scale,
+            out_dtype=out_dtype,
+            implementation=implementation,
+        )
+    lead, k = x.shape[:-1], x.shape[-1]
+    x = x.reshape(-1, k)
+    if isinstance(w, QArray) and w.column_perm is not None:
+        # The stored order crosses shards, so the permutation happens before x is cut.
+        x = jnp.take(x, w.column_perm, axis=-1)
+        w = dataclasses.replace(w, column_perm=None)
+    if activation_format is not None:
+        # Quantized as one array: scales over whole rows must not depend on the mesh.
+        x = quantize_activation(x, activation_format, scale=activation_scale)
+        shards = (1, sharding.size(in_axis))
+        x = refine_blocks(
+            x, sharded_format(x.format, x.shape, shards, "activations").block_size(x.shape)
+        )
+    rows = sharding.axis("batch", x.shape[0])
+
+    def local(x, w, bias):
+        y = dot(x, w, out_dtype=out_dtype, implementation=implementation)
+        if in_axis is not None:
+            y = jax.lax.psum(y, in_axis)
+        return y if bias is None else (y + bias[None].astype(y.dtype))
+
+    y = jax.shard_map(
+        local,
+        mesh=sharding.mesh,
+        in_specs=(
+            array_specs(x, P(rows, in_axis)),
+            array_specs(w, P(out_axis, in_axis)),
+            None if bias is None else P(out_axis),
+        ),
+        out_specs=P(rows, out_axis),
+        check_vma=False,
+    )(x, w, bias)
+    return y.reshape(*lead, w.shape[0])
+
+
+class Embedding(nnx.Module):
+    """Token embedding [V, D], plain or quantized, its rows cut over the mesh's vocabulary axis."""
+
+    def __init__(self, vocab_size: int, features: int, path: str, context: Context):
+        """Builds the table with an abstract weight; see `Linear` for the arguments."""
+        self.vocab_axis = context.sharding.axis("vocab", vocab_size)
+        self.weight = abstract_weight(
+            (vocab_size, features),
+            context.spec(path).weights,
+            context,
+            (self.vocab_axis, None),
+            path,
+        )
+        self.dtype = context.dtype
+        self.sharding = context.sharding
+        self.implementation = context.implementation
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The rows of these tokens."""
+        w = self.weight.get_value()
+        if self.vocab_axis is None:
+            return take_rows(w, ids, dtype=self.dtype)
+        axis = self.vocab_axis
+        batch = self.sharding.axis("batch", ids.shape[0])
+
+        def local(w, ids):
+            rows = ids - jax.lax.axis_index(axis) * w.shape[0]
+            mine = (rows >= 0) & (rows < w.shape[0])
+            taken = take_rows(w, rows, dtype=self.dtype)
+            return jax.lax.psum(jnp.where(mine[..., None], taken, 0), axis)
+
+        return jax.shard_map(
+            local,
+            mesh=self.sharding.mesh,
+            in_specs=(array_specs(w, P(axis, None)), P(batch, None)),
+            out_specs=P(batch, None, None),
+            check_vma=False,
+        )(w, ids)
+
+    def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits of a tied head, float32."""
+        return sharded_dot(
+            x,
+            self.weight.get_value(),
+            sharding=self.sharding,
+            in_axis=None,
+            out_axis=self.vocab_axis,
+            out_dtype=jnp.float32,
+            implementation=self.implementation,
+        )
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (arXiv:1910.07467) computed in float32."""
+
+    def __init__(self, features: int, context: Context, *, eps: float):
+        """Builds the norm with an abstract weight [features]."""
+        self.weight = abstract_param((features,), context.dtype, context.sharding, (None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """x / rms(x) * weight in x's dtype."""
+        f = x.astype(jnp.float32)
+        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight.get_value().astype(jnp.float32)
+        return (f * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
