@@ -6,7 +6,6 @@ ptxas and their libraries, but no driver.
 
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import subprocess
