@@ -51,7 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     import jax
 
     if jax.default_backend() != "gpu":
-        reason = "needs a GPU: pytest -m gpu" + ("" if _wants_gpu(config) else " (this run is on the CPU)")
+        reason = "needs a GPU: pytest -m gpu" + (
+            "" if _wants_gpu(config) else " (this run is on the CPU)"
+        )
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
 
