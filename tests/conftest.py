@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    install_import_hook("qjax", "beartype.beartype")
+    install_import_hook("qjax", "annotation_checks.check_annotations")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
