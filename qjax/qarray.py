@@ -6,6 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from qjax.formats import QFormat
 
@@ -51,7 +53,7 @@ class QArray:
         minimum: Array | None = None,
         global_scale: Array | None = None,
         column_perm: Array | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ) -> "QArray":
         """Builds a QArray from its canonical parts, validated.
 
@@ -122,7 +124,7 @@ class QArray:
         if self.column_perm is not None:
             expect("column_perm", self.column_perm, True, shape[-1:], jnp.int32)
 
-    def dequantize(self, dtype: str | jnp.dtype | None = None) -> Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> Array:
         """The array [..., N, K] in `dtype` (default: `self.dtype`), computed in float32, columns in logical order."""
         w = dequantize_stored(self)
         if self.column_perm is not None:
