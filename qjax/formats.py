@@ -142,9 +142,8 @@ class QFormat:
 
     def block_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of a block in an array of this logical shape ([..., N, K])."""
-        return tuple(
-            n if b == WHOLE else b for b, n in zip(self.block_shape, shape[-2:], strict=True)
-        )
+        (bn, bk), (n, k) = self.block_shape, shape[-2:]
+        return (n if bn == WHOLE else bn, k if bk == WHOLE else bk)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of an array of this logical shape: [..., ceil(N/bn), ceil(K/bk)]."""

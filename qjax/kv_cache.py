@@ -191,7 +191,7 @@ def write(
         q = quantize(x, f, grid=Grid(scale))
         return dataclasses.replace(pages, qvalue=put(pages.qvalue, q.qvalue[..., 0, :]))
     global_scale = None
-    if f.global_scale:
+    if pages.global_scale is not None:
         global_scale = jnp.take(pages.global_scale, page, axis=0, mode="clip")
     q = quantize(x, f, grid=compute_grid(x, f, global_scale=global_scale))
     return dataclasses.replace(

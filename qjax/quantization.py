@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from qjax.formats import ELEMENTS, ActivationFormat, Element, QFormat, qformat
 from qjax.qarray import QArray, dequantize_stored, expand_blocks, pack
@@ -30,7 +31,7 @@ def quantize(
     format: str | QFormat,
     *,
     grid: Grid | None = None,
-    dtype: str | jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
 ) -> QArray:
     """Quantizes an array by rounding to nearest.
 
@@ -148,6 +149,7 @@ def round_to_element(x: Array, element: Element) -> Array:
     """
     if not element.is_float:
         return jnp.clip(jnp.round(jnp.nan_to_num(x, nan=0.0)), element.min, element.max)
+    assert element.mantissa_bits is not None and element.min_exponent is not None
     magnitude = jnp.minimum(jnp.abs(x), element.max)
     bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
     exponent = jnp.maximum((bits >> 23) - 127, element.min_exponent)
@@ -193,7 +195,7 @@ def quantize_activation(
     return quantize(x, format, grid=grid)
 
 
-def requantize(w: QArray, format: str | QFormat, *, dtype: str | jnp.dtype | None = None) -> QArray:
+def requantize(w: QArray, format: str | QFormat, *, dtype: DTypeLike | None = None) -> QArray:
     """Quantizes w's values anew into another format."""
     x = w.dequantize(jnp.float32)
     return quantize(x, format, dtype=w.dtype if dtype is None else dtype)
@@ -282,6 +284,7 @@ def _microscale(amax: Array, element: Element) -> Array:
     That rounding (compressed-tensors', half an ulp of the element added before the mantissa is dropped)
     moves an amax which would round up past the grid's end into the next binade.
     """
+    assert element.mantissa_bits is not None
     bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
     half_ulp = 1 << (23 - element.mantissa_bits - 1)
     largest_exponent = (

@@ -24,7 +24,7 @@ def model_module(model_type: str | None) -> ModuleType:
     Raises:
         ValueError: If no family implements it.
     """
-    if model_type not in MODEL_MODULES:
+    if model_type is None or model_type not in MODEL_MODULES:
         raise ValueError(
             f"config.json: model_type {model_type!r} is not supported; use one of {sorted(MODEL_MODULES)}"
         )

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,7 +101,7 @@ def _log_replicated(logical: str, units: int, mesh_axis: str, size: int) -> None
     )
 
 
-def make_mesh(text: str, *, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(text: str, *, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a text such as ``tensor=4,data=2``.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def abstract_weight(
     shards = (context.sharding.size(axes[-2]), context.sharding.size(axes[-1]))
     format = sharded_format(format, shape, shards, path)
 
-    def struct(part_shape, dtype):
+    def struct(part_shape, dtype) -> Any:  # stands where the array will be
         return jax.ShapeDtypeStruct(tuple(part_shape), jnp.dtype(dtype))
 
     scales = format.scale_shape(shape)

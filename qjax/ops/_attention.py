@@ -98,14 +98,12 @@ def _xla(query, key, value, positions, scale, sliding_window, sinks) -> Array:
     if sliding_window is not None:
         visible &= distance < sliding_window
     logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, heads, n // heads, 1, 1)
-        top = jnp.maximum(top, sink)
+    # Without a sink: exp(-inf) adds nothing to the softmax's denominator.
+    sink = jnp.full((n,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+    sink = sink.reshape(1, heads, n // heads, 1, 1)
+    top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), sink)
     weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(sink - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top)
     # Rows of padded queries may see keys that were never written: 0 * garbage must stay 0.
     seen = jnp.any(visible, axis=1)[..., None, None]
     value = jnp.where(seen, value.astype(jnp.float32), 0.0)

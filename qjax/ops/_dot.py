@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from qjax.formats import ActivationFormat
@@ -20,7 +21,7 @@ def dot(
     bias: Float[Array, " N"] | None = None,
     activation_format: ActivationFormat | None = None,
     activation_scale: Array | None = None,
-    out_dtype: str | jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Array:
     """x @ w.T for a weight stored (out, in), plain or quantized.
@@ -58,7 +59,7 @@ def dot(
     quantized = x
     if activation_format is not None and not isinstance(x, QArray):
         quantized = quantize_activation(x.reshape(-1, k), activation_format, scale=activation_scale)
-    if not isinstance(w, QArray) and not isinstance(quantized, QArray):
+    if not isinstance(w, QArray) and not isinstance(x, QArray) and quantized is x:
         y = jax.lax.dot_general(
             x,
             w.astype(x.dtype),
@@ -68,7 +69,7 @@ def dot(
     else:
         choose("dot", implementation, unsupported_reason(quantized, w))
         xf = _float32(quantized).reshape(-1, k)
-        if quantized is not x:
+        if not isinstance(x, QArray) and quantized is not x:
             xf = straight_through(x.reshape(-1, k), xf)
         y = _xla(xf, _float32(w)).reshape(*lead, w.shape[0])
     if bias is not None:

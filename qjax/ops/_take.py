@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from qjax.formats import WHOLE
@@ -11,7 +12,7 @@ from qjax.qarray import QArray
 
 
 def take_rows(
-    w: Array | QArray, rows: Int[Array, "..."], *, dtype: str | jnp.dtype | None = None
+    w: Array | QArray, rows: Int[Array, "..."], *, dtype: DTypeLike | None = None
 ) -> Array:
     """w[rows]: the embedding lookup, which dequantizes only the rows that it takes.
 
