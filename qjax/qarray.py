@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jax.typing import DTypeLike
 
 from qjax.formats import QFormat
 

@@ -55,7 +55,7 @@ TEXTS = [
     "line one\nline two\n\n\nline five\r\n  indented",
     "I'm sure they'll say we've won; it's what you'd do, isn't IT'S?",
     "naïve café Ångström ﬁne — “quotes” … ½ ² Ⅷ ٣",
-    "日本語のテキストと中文字符，한국어도",  # noqa: RUF001
+    "日本語のテキストと中文字符，한국어도",
     "emoji: 🙂👩‍👩‍👧🇫🇷🏽 done",
     "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
     "text<|im_start|>with <repo_name>specials <empty_output> inside<|im_end|>",
