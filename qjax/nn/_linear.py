@@ -52,6 +52,7 @@ class Linear(nnx.Module):
         self.weight = abstract_weight(shape, spec.weights, context, axes, path)
         bias = abstract_param((out_features,), context.dtype, context.sharding, (out_axis,))
         self.bias = bias if use_bias else None
+        self.spec = spec  # as declared: on a mesh the weight's own blocks may be smaller
         self.activation_format = spec.activations
         self.activation_scale = abstract_activation_scale(spec, (), context.sharding, ())
         self.in_axis, self.out_axis = in_axis, out_axis
@@ -140,9 +141,10 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, features: int, path: str, context: Context):
         """Builds the table with an abstract weight; see `Linear` for the arguments."""
         self.vocab_axis = context.sharding.axis("vocab", vocab_size)
+        self.spec = context.spec(path)
         self.weight = abstract_weight(
             (vocab_size, features),
-            context.spec(path).weights,
+            self.spec.weights,
             context,
             (self.vocab_axis, None),
             path,

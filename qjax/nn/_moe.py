@@ -45,6 +45,7 @@ class ExpertLinear(nnx.Module):
         self.weight = abstract_weight(shape, spec.weights, context, axes, path)
         bias = abstract_param(shape[:2], context.dtype, context.sharding, axes[:2])
         self.bias = bias if use_bias else None
+        self.spec = spec
         self.activation_format = spec.activations
         self.activation_scale = abstract_activation_scale(
             spec, (num_experts,), context.sharding, (expert_axis,)
