@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax._src.lib import mosaic_gpu as mosaic_gpu_lib
 
 L2_BYTES = 60 * 2**20
 """L2 cache of an H100 or H200, in bytes."""
@@ -46,6 +45,8 @@ def measure_kernel_us(
         raise RuntimeError(
             f"measure_kernel_us: kernel times need an NVIDIA GPU; found {jax.default_backend()}"
         )
+    from jax._src.lib import mosaic_gpu as mosaic_gpu_lib  # only in the CUDA plugin
+
     fn = fn if hasattr(fn, "lower") else jax.jit(fn)
     for inputs in input_sets[:2]:
         jax.block_until_ready(fn(*inputs))
