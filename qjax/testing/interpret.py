@@ -114,6 +114,7 @@ def _multiply_register(
     rhs, *_ = memory.get_buffer_content(*locate(rhs_key, rhs_transforms), thread, logging_info=info)
     target = locate(accumulator_key, accumulator_transforms)
     total, *_ = memory.get_buffer_content(*target, thread, logging_info=info)
+    assert rhs is not None and total is not None, "an operand of wgmma lies outside its memory"
     total = total + np.matmul(np.asarray(lhs), rhs, dtype=total.dtype)
     memory.store_buffer_content(*target, total, thread, logging_info=info)
     return token

@@ -103,10 +103,9 @@ def ptxas_reports(
 
 def _environment() -> dict[str, str]:
     # ptxas is taken from PATH first, where an older one (before 13.3) may miscompile register operands.
-    binaries = [
-        str(Path(p) / "bin")
-        for p in importlib.util.find_spec("nvidia.cu13").submodule_search_locations
-    ]
+    toolkit = importlib.util.find_spec("nvidia.cu13")
+    folders = toolkit.submodule_search_locations if toolkit else None
+    binaries = [str(Path(folder) / "bin") for folder in folders or ()]
     root = str(Path(__file__).parents[2])
     return os.environ | {
         "PATH": os.pathsep.join([*binaries, os.environ.get("PATH", "")]),
@@ -122,13 +121,15 @@ def parse_ptxas(text: str) -> list[PtxasReport]:
     reports = []
     for run in text.split("Compile time")[:-1]:  # warnings come before their kernel's name
         properties = run.partition("Function properties")[2]
+        name = re.search(r"entry function '(\w+?)(?:_mosaic_gpu_kernel)?'", run)
+        assert name, f"ptxas names no entry function in:\n{run}"
 
         def number(pattern: str, properties: str = properties) -> int:
             return sum(int(x) for x in re.findall(pattern, properties))
 
         reports.append(
             PtxasReport(
-                kernel=re.search(r"entry function '(\w+?)(?:_mosaic_gpu_kernel)?'", run)[1],
+                kernel=name[1],
                 registers=number(r"Used (\d+) registers"),
                 spill_bytes=number(r"(\d+) bytes spill"),
                 stack_bytes=number(r"(\d+) bytes stack frame"),
