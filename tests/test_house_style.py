@@ -36,6 +36,9 @@ def test_file_is_short_documented_and_quiet(file):
     tree = ast.parse(source)
     assert ast.get_docstring(tree), "the module has no docstring"
     assert len(source.splitlines()) <= (600 if folder == "pallas_kernels" else 500)
+    if folder != "pallas_kernels":
+        functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+        assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 100]
     if "tests/references/" in relative(file):  # these scripts run in an environment of their own
         return
     assert not imported(tree) & NEVER_IMPORTED
