@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from qjax.nn._params import Context, abstract_activation_scale, abstract_param, abstract_weight
-from qjax.ops import dot, take_rows
+from qjax.ops import dot, straight_through, take_rows
 from qjax.qarray import QArray
 from qjax.quantization import quantize_activation, refine_blocks
 from qjax.sharding import array_specs, sharded_format
@@ -21,7 +21,7 @@ class Linear(nnx.Module):
 
     On a mesh the weight is cut along `out_axis` (column parallel: so is y) or `in_axis` (row parallel:
     x is cut and partial sums are added up). Gradients with respect to x flow through a quantized weight;
-    with activation quantization they do on one device only.
+    on a mesh they do not where activations are quantized as well.
     """
 
     def __init__(
@@ -108,11 +108,13 @@ def sharded_dot(
         w = dataclasses.replace(w, column_perm=None)
     if activation_format is not None:
         # Quantized as one array: scales over whole rows must not depend on the mesh.
-        x = quantize_activation(x, activation_format, scale=activation_scale)
-        shards = (1, sharding.size(in_axis))
-        x = refine_blocks(
-            x, sharded_format(x.format, x.shape, shards, "activations").block_size(x.shape)
-        )
+        quantized = quantize_activation(x, activation_format, scale=activation_scale)
+        if isinstance(w, QArray):
+            shards = (1, sharding.size(in_axis))
+            refined = sharded_format(quantized.format, x.shape, shards, "activations")
+            x = refine_blocks(quantized, refined.block_size(x.shape))
+        else:  # quantization-aware training: values on the grid, differentiated straight through
+            x = straight_through(x, quantized.dequantize())
     rows = sharding.axis("batch", x.shape[0])
 
     def local(x, w, bias):

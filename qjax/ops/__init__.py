@@ -2,7 +2,7 @@
 
 from qjax.ops._attention import dot_product_attention, paged_attention
 from qjax.ops._dispatch import require_kernels
-from qjax.ops._dot import dot
+from qjax.ops._dot import dot, straight_through
 from qjax.ops._ragged_dot import ragged_dot
 from qjax.ops._take import take_rows
 
@@ -12,5 +12,6 @@ __all__ = [
     "paged_attention",
     "ragged_dot",
     "require_kernels",
+    "straight_through",
     "take_rows",
 ]

@@ -59,7 +59,9 @@ def dot(
     quantized = x
     if activation_format is not None and not isinstance(x, QArray):
         quantized = quantize_activation(x.reshape(-1, k), activation_format, scale=activation_scale)
-    if not isinstance(w, QArray) and not isinstance(x, QArray) and quantized is x:
+        if not isinstance(w, QArray):  # quantization-aware training: values on the grid
+            x = quantized = straight_through(x, quantized.dequantize().reshape(x.shape))
+    if not isinstance(w, QArray) and not isinstance(x, QArray):
         y = jax.lax.dot_general(
             x,
             w.astype(x.dtype),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from qjax.formats import ActivationFormat
@@ -20,7 +21,7 @@ def ragged_dot(
     bias: Float[Array, "E N"] | None = None,
     activation_format: ActivationFormat | None = None,
     activation_scale: Array | None = None,
-    out_dtype: str | jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """lhs[rows of expert e] @ rhs[e].T for consecutive groups of rows, summed in float32.
