@@ -31,6 +31,7 @@ def quantize(
     format: str | QFormat,
     *,
     grid: Grid | None = None,
+    rounding: Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> QArray:
     """Quantizes an array by rounding to nearest.
@@ -39,6 +40,7 @@ def quantize(
         x: [..., N, K], floating.
         format: A `QFormat` or a name that `qjax.formats.qformat` knows.
         grid: Scales and offsets to use instead of those of `compute_grid`.
+        rounding: Added to x before it is rounded, in units of its block's scale (learned rounding).
         dtype: Dtype that the result dequantizes to; default x's.
 
     Raises:
@@ -48,7 +50,7 @@ def quantize(
     _check_input("quantize", x, format)
     if grid is None:
         grid = compute_grid(x, format)
-    codes = round_to_grid(x, format, grid)
+    codes = round_to_grid(x, format, grid, rounding=rounding)
     return QArray.from_parts(
         format,
         pack(codes, format),
@@ -123,7 +125,7 @@ def compute_grid(
     return Grid(_store_scale(scale, amax, format.scale_dtype), global_scale=global_scale)
 
 
-def round_to_grid(x: Array, format: QFormat, grid: Grid) -> Array:
+def round_to_grid(x: Array, format: QFormat, grid: Grid, *, rounding: Array | None = None) -> Array:
     """Element values of x on this grid, float32 [..., N, K]: signed integers q, or values of a floating element."""
     block = format.block_size(x.shape)
     x = x.astype(jnp.float32)
@@ -132,12 +134,13 @@ def round_to_grid(x: Array, format: QFormat, grid: Grid) -> Array:
         scale = scale * grid.global_scale
     if grid.minimum is not None:
         x = x - expand_blocks(grid.minimum.astype(jnp.float32), x.shape, block)
-        q = jnp.round(x / scale) - 2.0 ** (format.bits - 1)
+    q = x / scale
+    if rounding is not None:
+        q = q + rounding.astype(jnp.float32)
+    if grid.minimum is not None:
+        q = jnp.round(q) - 2.0 ** (format.bits - 1)
     elif grid.zero_point is not None:
-        zero_point = expand_blocks(grid.zero_point.astype(jnp.float32), x.shape, block)
-        q = jnp.round(x / scale) + zero_point
-    else:
-        q = x / scale
+        q = jnp.round(q) + expand_blocks(grid.zero_point.astype(jnp.float32), x.shape, block)
     # 0/0 and inf/inf of blocks whose scale is NaN or infinite must not become arbitrary integers.
     return round_to_element(q, format.spec)
 
