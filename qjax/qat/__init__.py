@@ -1,0 +1,5 @@
+"""Quantization-aware training: fake quantization with the quantizer's own grid."""
+
+from qjax.qat._fake_quant import fake_quant
+
+__all__ = ["fake_quant"]
