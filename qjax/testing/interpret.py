@@ -2,7 +2,8 @@
 
 JAX 0.11.2's interpreter refuses two things that run on the GPU: ``wgmma`` with its left operand in registers,
 and ``inline_mgpu`` that returns a value. While `interpret` is active, the first is computed with numpy, and the
-second calls the function's ``interpret_impl`` attribute, a jax.numpy reference of the inlined PTX.
+second calls the function's ``interpret_impl`` attribute, a jax.numpy reference of the inlined PTX that gets
+the values of the arguments, those of references included.
 
 The interpreter executes wgmma at once, so a missing ``wgmma_wait`` is not caught here, and it checks no register
 layouts; `qjax.testing.lower_for_gpu` and `ptxas_reports` check those.
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax._src import callback
+from jax._src import callback, state
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
     get_races,
@@ -125,5 +126,22 @@ def _interpret_inline_reference(self, eqn, token, get_invals):
     if reference is None:
         return _interpret_inline(self, eqn, token, get_invals)
     tree = eqn.params["pytree_args"]
-    arguments = jax.tree.unflatten(tree, get_invals()[: tree.num_leaves])
-    return token, jax.tree.leaves(reference(*arguments))
+    values = get_invals()
+    leaves, transform_leaves = values[: tree.num_leaves], values[tree.num_leaves :]
+    transforms = jax.tree.unflatten(eqn.params["pytree_ref_transforms"], transform_leaves)
+    arguments = []
+    for var, leaf, ref_transforms in zip(eqn.invars, leaves, transforms, strict=False):
+        if isinstance(var.aval, state_types.AbstractRef):
+            ref, ref_transforms = jaxpr_interpret.resolve_ref(var.aval, leaf, ref_transforms)
+            token, leaf = gpu_callbacks.call_get(
+                token=token,
+                result_shape_and_dtype=state.transform_type(ref_transforms, var.aval).inner_aval,
+                mesh_location=self.mesh_location,
+                thread=self.thread,
+                allocation_key_as_array=ref,
+                transforms=ref_transforms,
+                source_info=eqn.source_info,
+            )
+        arguments.append(leaf)
+    return token, jax.tree.leaves(reference(*jax.tree.unflatten(tree, arguments)))
+
