@@ -6,6 +6,7 @@ float8_e4m3fn or wider scales), so that it is never lost. A block of zeros gets 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,12 @@ class Grid(NamedTuple):
     zero_point: Array | None = None
     minimum: Array | None = None
     global_scale: Array | None = None
+
+    def map_blocks(self, fn: Callable[[Array], Array]) -> "Grid":
+        """The grid with `fn` applied to every part that has one value per block."""
+        zero_point = None if self.zero_point is None else fn(self.zero_point)
+        minimum = None if self.minimum is None else fn(self.minimum)
+        return Grid(fn(self.scale), zero_point, minimum, self.global_scale)
 
 
 def quantize(

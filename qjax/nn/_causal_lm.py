@@ -1,6 +1,7 @@
 """What all causal language models share: layers in order, logits, the cache."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +14,8 @@ from qjax.nn._attention import Tokens
 from qjax.nn._linear import Embedding, Linear, RMSNorm
 from qjax.nn._moe import ExpertLinear
 from qjax.nn._params import Context, modules
-from qjax.recipe import KVCacheFormat
+from qjax.recipe import KVCacheFormat, QuantSpec
+from qjax.registry import model_module
 
 
 class Decoder(nnx.Module):
@@ -29,7 +31,13 @@ class Decoder(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A decoder-only language model with Hugging Face's parameter names."""
+    """A decoder-only language model with Hugging Face's parameter names.
+
+    Attributes:
+        config: The family's configuration, set by its `Model`.
+    """
+
+    config: Any
 
     def __init__(
         self, decoder: Decoder, vocab_size: int, hidden_size: int, tied: bool, context: Context
@@ -41,6 +49,7 @@ class CausalLM(nnx.Module):
         self.lm_head = None if tied else head
         self.vocab_size = vocab_size
         self.dtype, self.sharding = context.dtype, context.sharding
+        self.implementation = context.implementation
 
     def __call__(
         self,
@@ -83,6 +92,16 @@ class CausalLM(nnx.Module):
         if cache is not None:
             cache = KVCache(tuple(updated), cache.page_table, tokens.lengths)
         return logits, cache
+
+    def like(self, specs: Mapping[str, QuantSpec]) -> "CausalLM":
+        """This model with other quantization, its parameters abstract."""
+        return model_module(self.config.model_type).Model(
+            self.config,
+            specs=specs,
+            dtype=self.dtype,
+            sharding=self.sharding,
+            implementation=self.implementation,
+        )
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of normed hidden states, float32."""

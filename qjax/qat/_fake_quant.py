@@ -41,7 +41,7 @@ def fake_quant(
         grid = compute_grid(jax.lax.stop_gradient(x), format)
         stored = grid
     else:
-        stored = grid._replace(scale=_stored_scale(grid.scale, format.scale_dtype))
+        stored = grid._replace(scale=stored_scale(grid.scale, format.scale_dtype))
         grid = grid._replace(scale=straight_through(grid.scale, stored.scale.astype(jnp.float32)))
         clip = True
     hard = jax.lax.stop_gradient(quantize(x, format, grid=stored, rounding=rounding).dequantize())
@@ -80,7 +80,7 @@ def _differentiable(x: Array, format: QFormat, grid: Grid, rounding: Array | Non
     return (u + jax.lax.stop_gradient(shift)) * scale
 
 
-def _stored_scale(scale: Array, dtype: str) -> Array:
+def stored_scale(scale: Array, dtype: str) -> Array:
     """A learned scale as the format stores it: e8m0 rounds to the nearest power of two."""
     scale = jax.lax.stop_gradient(scale)
     if dtype == "float8_e8m0fnu":

@@ -1,0 +1,98 @@
+"""Statistics of the inputs of a layer's linear modules."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from qjax.nn import Linear, Tokens
+
+
+class InputStatistic(nnx.Variable):
+    """A running sum over calibration inputs."""
+
+
+class Observed(nnx.Module):
+    """A linear module that adds up its inputs' second moments as it runs."""
+
+    def __init__(self, linear: Linear):
+        """Wraps a linear module [N, K]; the sums start at 0."""
+        self.linear = linear
+        k = linear.weight.get_value().shape[-1]
+        self.hessian = InputStatistic(jnp.zeros((k, k), jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        """The wrapped module's output."""
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        self.hessian.set_value(self.hessian.get_value() + rows.T @ rows)
+        return self.linear(x)
+
+
+def linears(module: nnx.Module) -> dict[str, Linear]:
+    """{dotted path: module} of the linear modules of a layer."""
+    return {
+        ".".join(map(str, path)): node
+        for path, node in nnx.iter_modules(module)
+        if isinstance(node, Linear)
+    }
+
+
+def replace(module: nnx.Module, path: str, new: nnx.Module) -> None:
+    """Puts another module at a dotted path."""
+    *parents, name = path.split(".")
+    parent: Any = module
+    for step in parents:
+        parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
+    setattr(parent, name, new)
+
+
+def positions(batch: int, length: int) -> Tokens:
+    """Where the tokens of whole windows stand."""
+    step = jnp.arange(length, dtype=jnp.int32)
+    return Tokens(
+        positions=jnp.broadcast_to(step[None], (batch, length)),
+        valid=jnp.ones((batch, length), bool),
+        lengths=jnp.full((batch,), length, jnp.int32),
+    )
+
+
+def run_layer(layer: nnx.Module) -> Callable[[Array], Array]:
+    """The jitted function from hidden states [B, T, D] to the layer's output."""
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def run(state, x):
+        return nnx.merge(graphdef, state)(x, positions(*x.shape[:2]), None)[0]
+
+    return lambda x: run(state, x)
+
+
+def input_hessians(layer: nnx.Module, batches: list[Array]) -> Mapping[str, Array]:
+    """{path of a linear module: sum of x x^T over its inputs, float32 [K, K]}.
+
+    Args:
+        layer: A decoder layer, unchanged afterwards.
+        batches: Its inputs, hidden states [B, T, D].
+    """
+    found = linears(layer)
+    for path, linear in found.items():
+        replace(layer, path, Observed(linear))
+    try:
+        graphdef, sums, rest = nnx.split(layer, InputStatistic, ...)
+    finally:
+        for path, linear in found.items():
+            replace(layer, path, linear)
+
+    @jax.jit
+    def observe(sums, rest, x):
+        observed = nnx.merge(graphdef, sums, rest)
+        observed(x, positions(*x.shape[:2]), None)
+        return nnx.split(observed, InputStatistic, ...)[1]
+
+    for x in batches:
+        sums = observe(sums, rest, x)
+    flat = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(sums)}
+    return {path: flat[f"{path}.hessian"] for path in found}
