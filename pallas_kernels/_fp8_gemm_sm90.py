@@ -117,29 +117,31 @@ def unsupported_reason(
 
 def choose_tiles(m: int, n: int, k: int, *, num_sms: int) -> TileConfig:
     """The tiling with the least modelled time; see `modelled_us`."""
-    steps = pl.cdiv(k, BLOCK_K)
-    candidates = []
+    return min(candidate_tiles(m, k), key=lambda c: modelled_us(c, m, n, k, num_sms=num_sms))
+
+
+def candidate_tiles(m: int, k: int) -> list[TileConfig]:
+    """The tilings worth considering, each with as many stages as fit, 8 at most."""
+    parts = []
     if m <= SWAPPED_COLUMNS[-1]:
         columns = next(c for c in SWAPPED_COLUMNS if c >= m)
-        candidates += [(True, columns, 1, warpgroups, 1) for warpgroups in (1, 2)]
+        parts += [(True, columns, 1, warpgroups, 1) for warpgroups in (1, 2)]
     if m > 64:
-        candidates += [(False, columns, sub, 2, 1) for columns in (64, 128) for sub in (1, 2)]
-        candidates += [(False, 128, sub, 2, 2) for sub in (1, 2)]
-    best = None
-    for swap, columns, sub, warpgroups, cluster in candidates:
-        for splits in range(1, 9 if m <= 512 else 2):
-            if splits > 1 and steps // splits < 4:
-                break
+        parts += [(False, columns, sub, 2, 1) for columns in (64, 128) for sub in (1, 2)]
+        parts += [(False, 128, sub, 2, 2) for sub in (1, 2)]
+    # Each part of K should keep the pipeline busy for a while; partial sums of many tokens cost too much.
+    most = min(8, pl.cdiv(k, BLOCK_K) // 4) if m <= 512 else 1
+    candidates = []
+    for swap, columns, sub, warpgroups, cluster in parts:
+        for splits in range(1, max(most, 1) + 1):
             config = TileConfig(swap, columns, sub, warpgroups, 2, splits, cluster)
             while config.stages < 8:
                 deeper = dataclasses.replace(config, stages=config.stages + 1)
                 if deeper.smem_bytes() > MAX_SMEM:
                     break
                 config = deeper
-            time = modelled_us(config, m, n, k, num_sms=num_sms)
-            if best is None or time < best[0]:
-                best = time, config
-    return best[1]
+            candidates.append(config)
+    return candidates
 
 
 def modelled_us(config: TileConfig, m: int, n: int, k: int, *, num_sms: int) -> float:

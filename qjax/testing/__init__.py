@@ -7,18 +7,28 @@
 from qjax.testing.interpret import interpret
 from qjax.testing.lowering import lower_for_gpu
 from qjax.testing.ptxas import PtxasReport, ptxas_available, ptxas_reports
-from qjax.testing.records import BenchmarkRecord, append_records, read_records
+from qjax.testing.records import (
+    BenchmarkRecord,
+    PeerTime,
+    append_records,
+    fastest_peer,
+    read_peers,
+    read_records,
+)
 from qjax.testing.timing import measure_kernel_us, rotate_inputs
 
 __all__ = [
     "BenchmarkRecord",
+    "PeerTime",
     "PtxasReport",
     "append_records",
+    "fastest_peer",
     "interpret",
     "lower_for_gpu",
     "measure_kernel_us",
     "ptxas_available",
     "ptxas_reports",
+    "read_peers",
     "read_records",
     "rotate_inputs",
 ]

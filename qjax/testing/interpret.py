@@ -144,4 +144,3 @@ def _interpret_inline_reference(self, eqn, token, get_invals):
             )
         arguments.append(leaf)
     return token, jax.tree.leaves(reference(*jax.tree.unflatten(tree, arguments)))
-

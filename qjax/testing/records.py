@@ -27,7 +27,7 @@ class BenchmarkRecord:
         error: Relative error against the float32 reference on the same quantized data.
         peer: Name of the fastest known peer, None if none is known.
         peer_time_us: The peer's time.
-        peer_source: "same run", or where else the peer's time comes from.
+        peer_source: File that the peer's time comes from.
     """
 
     date: str
@@ -81,3 +81,29 @@ def read_records(path: str | os.PathLike) -> list[BenchmarkRecord]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not a benchmark record: {error}") from error
     return records
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeerTime:
+    """Another library's time for a case; fields as in `BenchmarkRecord`."""
+
+    op: str
+    format: str
+    shape: dict[str, int]
+    peer: str
+    time_us: float
+    gpu: str
+    date: str
+
+
+def read_peers(path: str | os.PathLike) -> list[PeerTime]:
+    """The peers' times in a file of JSON lines."""
+    return [PeerTime(**json.loads(line)) for line in Path(path).read_text().splitlines()]
+
+
+def fastest_peer(
+    peers: Iterable[PeerTime], op: str, format: str, shape: dict[str, int]
+) -> PeerTime | None:
+    """The fastest peer known for a case, None if none is."""
+    same = [p for p in peers if (p.op, p.format, p.shape) == (op, format, shape)]
+    return min(same, key=lambda p: p.time_us, default=None)

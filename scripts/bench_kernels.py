@@ -1,0 +1,312 @@
+"""Times the GPU kernels beside the ceilings and peers, and checks each output.
+
+    python scripts/bench_kernels.py --ops fp8_block_gemm --out benchmarks/h200.jsonl
+
+Needs a Hopper GPU. Prints one table and appends a JSON line for each case.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import logging
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from qjax import testing
+from qjax.pallas_kernels import _fp8_gemm_sm90
+from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
+from qjax.pallas_kernels.fp8_quantize_sm90 import (
+    fp8_quantize_1x128,
+    fp8_quantize_per_token,
+    padded_rows,
+)
+from qjax.pallas_kernels.fp8_rowwise_gemm_sm90 import fp8_rowwise_gemm
+
+ROOT = Path(__file__).parents[1]
+DEEPSEEK_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+LLAMA_NK = ((4096, 4096), (28672, 4096), (8192, 8192))
+TOKENS = (1, 16, 64, 128, 256, 4096)
+
+log = logging.getLogger("bench_kernels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        op: Name of the kernel function.
+        format: Format of the quantized operands.
+        shape: Sizes by axis.
+        fn: The measured function.
+        args: Its arrays.
+        error: The relative error of its output on those arrays.
+        flops: Arithmetic that the case needs.
+        nbytes: Bytes that the case must move: each input read and each output written once.
+        unit: Which ceiling is its measure: "fp8", "bf16" (TFLOP/s) or "copy" (GB/s).
+    """
+
+    op: str
+    format: str
+    shape: dict[str, int]
+    fn: Callable
+    args: Sequence[jax.Array]
+    error: Callable[[jax.Array], float]
+    flops: float
+    nbytes: float
+    unit: str
+
+
+def relative_error(out: jax.Array, expected: jax.Array) -> float:
+    """Frobenius norm of the difference over that of what is expected."""
+    difference = out.astype(jnp.float32) - expected
+    return float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
+
+
+def float32_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w.T in true float32."""
+    return jnp.einsum("mk,nk->mn", x, w, precision=jax.lax.Precision.HIGHEST)
+
+
+def fp8_gemm_case(op: str, m: int, n: int, k: int, config=None) -> Case:
+    """A dense FP8 product of random data."""
+    keys = jax.random.split(jax.random.key(m + n + k), 4)
+    rows = padded_rows(m)
+    x = jax.random.normal(keys[0], (rows, k)).astype(jnp.float8_e4m3fn)
+    w = jax.random.normal(keys[1], (n, k)).astype(jnp.float8_e4m3fn)
+    block = op == "fp8_block_gemm"
+    blocks_n, blocks_k = -(-n // 128), -(-k // 128)
+    shapes = ((blocks_k, -(-rows // 4) * 4), (blocks_n, blocks_k)) if block else ((rows,), (n,))
+    x_scale, w_scale = (
+        jax.random.uniform(key, shape, minval=0.5, maxval=2.0)
+        for key, shape in zip(keys[2:], shapes, strict=True)
+    )
+    kernel = fp8_block_gemm if block else fp8_rowwise_gemm
+
+    def error(out):
+        if block:
+            xs = jnp.repeat(x_scale.T, 128, axis=1)[:m, :k]
+            ws = jnp.repeat(jnp.repeat(w_scale, 128, axis=0), 128, axis=1)[:n, :k]
+        else:
+            xs, ws = x_scale[:m, None], w_scale[:, None]
+        xf, wf = x[:m].astype(jnp.float32), w.astype(jnp.float32)
+        return relative_error(out, float32_product(xf * xs, wf * ws))
+
+    return Case(
+        op=op,
+        format="fp8_e4m3_128x128" if block else "fp8_e4m3_channel",
+        shape={"m": m, "n": n, "k": k},
+        fn=jax.jit(lambda *args: kernel(*args, m=m, config=config)),
+        args=(x, x_scale, w, w_scale),
+        error=error,
+        flops=2.0 * m * n * k,
+        nbytes=m * k + n * k + 2 * m * n + 4 * (x_scale.size + w_scale.size),
+        unit="fp8",
+    )
+
+
+def quantize_case(op: str, m: int, k: int) -> Case:
+    """An activation quantizer on random data."""
+    x = jax.random.normal(jax.random.key(m + k), (m, k), jnp.bfloat16)
+    block = op == "fp8_quantize_1x128"
+    kernel = fp8_quantize_1x128 if block else fp8_quantize_per_token
+
+    def error(out):
+        q, scale = out
+        scale = jnp.repeat(scale.T, 128, axis=1)[:m, :k] if block else scale[:, None]
+        # Nearest rounding to 3 mantissa bits: an error above 3% is not rounding.
+        return relative_error(q[:m].astype(jnp.float32) * scale, x.astype(jnp.float32))
+
+    scales = m * -(-k // 128) if block else m
+    return Case(
+        op=op,
+        format="fp8_e4m3_1x128" if block else "fp8_e4m3_channel",
+        shape={"m": m, "k": k},
+        fn=jax.jit(kernel),
+        args=(x,),
+        error=error,
+        flops=0.0,
+        nbytes=3.0 * m * k + 4 * scales,
+        unit="copy",
+    )
+
+
+def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]:
+    """Makers of the cases, so that only one case's arrays live at a time."""
+    makers: list[Callable[[], Case]] = []
+    for op, sizes in (
+        ("fp8_block_gemm", DEEPSEEK_NK),
+        ("fp8_rowwise_gemm", (*DEEPSEEK_NK, *LLAMA_NK)),
+    ):
+        if op in ops:
+            makers += [
+                lambda op=op, m=m, n=n, k=k: fp8_gemm_case(op, m, n, k)
+                for n, k in sizes
+                for m in tokens
+            ]
+    for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
+        if op in ops:
+            makers += [
+                lambda op=op, m=m, k=k: quantize_case(op, m, k)
+                for k in (2048, 7168, 16384)
+                for m in tokens
+            ]
+    return makers
+
+
+OPS = ("fp8_block_gemm", "fp8_rowwise_gemm", "fp8_quantize_1x128", "fp8_quantize_per_token")
+
+
+def measure_ceilings(calls: int) -> dict[str, float]:
+    """TFLOP/s of XLA's large bf16 and FP8 products, GB/s of a copy, all on random data."""
+    size = 8192
+    ceilings = {}
+    for name, dtype in (("bf16", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn)):
+        x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+
+        def product(a, b):
+            return jnp.einsum("mk,nk->mn", a, b, preferred_element_type=jnp.bfloat16)
+
+        us = testing.measure_kernel_us(jax.jit(product), testing.rotate_inputs((x, x)), calls=calls)
+        ceilings[name] = 2e-6 * size**3 / us
+    x = jax.random.normal(jax.random.key(0), (2**29,), jnp.bfloat16)
+    us = testing.measure_kernel_us(jax.jit(lambda a: -a), [(x,)], calls=calls)
+    ceilings["copy"] = 2e-3 * x.nbytes / us
+    return ceilings
+
+
+def measure(case: Case, ceilings: dict[str, float], peers, stamp: dict, calls: int):
+    """The record of a case."""
+    error = case.error(case.fn(*case.args))
+    us = testing.measure_kernel_us(case.fn, testing.rotate_inputs(case.args), calls=calls)
+    tflops, gb_s = 1e-6 * case.flops / us, 1e-3 * case.nbytes / us
+    arithmetic = 0.0 if case.unit == "copy" else tflops / ceilings[case.unit]
+    known = [
+        (peer, path.name)
+        for path, times in peers.items()
+        if (peer := testing.fastest_peer(times, case.op, case.format, case.shape))
+    ]
+    peer, source = min(known, key=lambda p: p[0].time_us, default=(None, None))
+    return testing.BenchmarkRecord(
+        **stamp,
+        op=case.op,
+        format=case.format,
+        shape=case.shape,
+        time_us=us,
+        tflops=tflops or None,
+        gb_s=gb_s,
+        ceiling_fraction=max(arithmetic, gb_s / ceilings["copy"]),
+        error=error,
+        peer=peer and peer.peer,
+        peer_time_us=peer and peer.time_us,
+        peer_source=source,
+    )
+
+
+def sweep(op: str, tokens: Sequence[int], calls: int, console: Console) -> None:
+    """Prints the time of each candidate tiling beside its model, the chosen one marked."""
+    for n, k in DEEPSEEK_NK:
+        for m in tokens:
+            num_sms = jax.devices()[0].core_count
+            chosen = _fp8_gemm_sm90.choose_tiles(m, n, k, num_sms=num_sms)
+            times = []
+            for config in _fp8_gemm_sm90.candidate_tiles(m, k):
+                case = fp8_gemm_case(op, m, n, k, config)
+                us = testing.measure_kernel_us(
+                    case.fn, testing.rotate_inputs(case.args), calls=calls
+                )
+                modelled = _fp8_gemm_sm90.modelled_us(config, m, n, k, num_sms=num_sms)
+                times.append((us, modelled, config))
+            for us, modelled, config in sorted(times, key=lambda t: t[0])[:4]:
+                mark = "chosen" if config == chosen else ""
+                console.print(f"{m} {n} {k} {us:8.1f} us, modelled {modelled:8.1f} {config} {mark}")
+            if chosen not in [t[2] for t in sorted(times, key=lambda t: t[0])[:4]]:
+                us = next(t[0] for t in times if t[2] == chosen)
+                console.print(f"{m} {n} {k} {us:8.1f} us {chosen} chosen, not among the best four")
+
+
+def render(records: Sequence[testing.BenchmarkRecord], ceilings: dict[str, float]) -> Table:
+    """The table of a run."""
+    title = ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items())
+    table = Table(title=f"ceilings: {title} (TFLOP/s, copy in GB/s)")
+    for column in ("op", "shape", "us", "TFLOP/s", "GB/s", "of ceiling", "error", "peer", "ratio"):
+        table.add_column(column, justify="left" if column in ("op", "shape", "peer") else "right")
+    for r in records:
+        table.add_row(
+            r.op,
+            " ".join(f"{k}={v}" for k, v in r.shape.items()),
+            f"{r.time_us:.1f}",
+            "" if r.tflops is None else f"{r.tflops:.0f}",
+            f"{r.gb_s:.0f}",
+            f"{r.ceiling_fraction:.0%}",
+            f"{r.error:.1e}",
+            r.peer or "",
+            "" if r.peer_ratio is None else f"{r.peer_ratio:.2f}",
+        )
+    return table
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="kernels (default: all)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="values of M")
+    parser.add_argument("--calls", type=int, default=30, help="timed calls a case")
+    parser.add_argument("--out", type=Path, help="JSON lines file that gets the records")
+    parser.add_argument(
+        "--peers", type=Path, help="peers measured in this session (benchmarks/torch_peers.py)"
+    )
+    parser.add_argument("--sweep", action="store_true", help="time every candidate tiling instead")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the chosen benchmarks."""
+    arguments = parse_arguments(argv)
+    if jax.default_backend() != "gpu":
+        raise SystemExit(
+            f"bench_kernels: needs a Hopper GPU; JAX's default device is a {jax.default_backend()}"
+        )
+    console = Console(width=160)
+    if arguments.sweep:
+        for op in set(arguments.ops) & {"fp8_block_gemm", "fp8_rowwise_gemm"}:
+            sweep(op, arguments.tokens, arguments.calls, console)
+        return
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    stamp = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "gpu": jax.devices()[0].device_kind,
+    }
+    files = [ROOT / "benchmarks" / "peers.jsonl", *([arguments.peers] if arguments.peers else [])]
+    peers = {path: testing.read_peers(path) for path in files}
+    ceilings = measure_ceilings(arguments.calls)
+    records = []
+    for make in cases(arguments.ops, arguments.tokens):
+        record = measure(make(), ceilings, peers, stamp, arguments.calls)
+        records.append(record)
+        if arguments.out:
+            testing.append_records(arguments.out, [record])
+    console.print(render(records, ceilings))
+    ratios = [r.peer_ratio for r in records if r.peer_ratio is not None]
+    if ratios:
+        mean = float(np.exp(np.mean(np.log(ratios))))
+        console.print(
+            f"geometric mean of the peers' times over ours: {mean:.2f}, least {min(ratios):.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

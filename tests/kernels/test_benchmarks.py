@@ -1,0 +1,123 @@
+"""The benchmark scripts, as far as a CPU can tell: cases, their checks, records, tables and the plot."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from qjax import testing
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = load("bench_kernels")
+render = load("render_benchmarks")
+
+PEERS = ROOT / "benchmarks" / "peers.jsonl"
+STAMP = {"date": "2026-11-23", "commit": "abc", "gpu": "NVIDIA H200"}
+CEILINGS = {"bf16": 800.0, "fp8": 1500.0, "copy": 4300.0}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Kernels run in interpret mode on two SMs, and every call takes 10 us."""
+    monkeypatch.setattr(bench.testing, "measure_kernel_us", lambda fn, sets, calls: 10.0)
+    monkeypatch.setattr(bench.testing, "rotate_inputs", lambda args: [args])
+    device = jax.devices()[0]
+    monkeypatch.setattr(jax, "devices", lambda *a: [Device(device)])
+
+
+class Device:
+    core_count = 2
+    device_kind = "NVIDIA H200"
+
+    def __init__(self, device):
+        self._device = device
+
+    def __getattr__(self, name):
+        return getattr(self._device, name)
+
+
+@pytest.mark.parametrize("op", ["fp8_block_gemm", "fp8_rowwise_gemm"])
+def test_a_products_record(op, on_cpu):
+    case = bench.fp8_gemm_case(op, 16, 136, 256)
+    with testing.interpret(detect_races=False):
+        record = bench.measure(case, CEILINGS, {}, STAMP, calls=3)
+    assert 0 < record.error <= 2e-3
+    assert record.tflops == pytest.approx(2 * 16 * 136 * 256 / 10 * 1e-6)
+    scales = 4 * (16 + 136) if op == "fp8_rowwise_gemm" else 4 * (2 * 16 + 2 * 2)
+    expected_bytes = 16 * 256 + 136 * 256 + 2 * 16 * 136 + scales
+    assert record.gb_s == pytest.approx(expected_bytes / 10 * 1e-3)
+    assert record.ceiling_fraction == pytest.approx(record.gb_s / 4300)
+    assert record.peer is None
+
+
+@pytest.mark.parametrize("op", ["fp8_quantize_1x128", "fp8_quantize_per_token"])
+def test_a_quantizers_record(op, on_cpu):
+    with testing.interpret(detect_races=False):
+        record = bench.measure(bench.quantize_case(op, 8, 512), CEILINGS, {}, STAMP, calls=3)
+    assert 0.01 < record.error < 0.03
+    assert record.tflops is None
+
+
+def test_peers_are_found_by_op_format_and_shape():
+    peers = testing.read_peers(PEERS)
+    assert len(peers) > 400
+    fastest = testing.fastest_peer(
+        peers, "fp8_block_gemm", "fp8_e4m3_128x128", {"m": 4096, "n": 7168, "k": 16384}
+    )
+    assert (fastest.peer, fastest.time_us) == ("DeepGEMM", 682.0)
+    for op, fmt in {(p.op, p.format) for p in peers}:
+        assert testing.fastest_peer(peers, op, fmt, {"m": 3}) is None
+
+
+def test_every_case_has_a_maker():
+    makers = bench.cases(bench.OPS, (1, 16))
+    assert len(makers) == 2 * (6 + 9 + 3 + 3)
+
+
+def test_it_refuses_to_run_without_a_gpu():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="needs a Hopper GPU; JAX's default device is a cpu"):
+        bench.main([])
+
+
+def records():
+    fields = {"op": "fp8_block_gemm", "format": "fp8_e4m3_128x128", **STAMP}
+    old = testing.BenchmarkRecord(**fields, shape={"m": 1, "n": 2, "k": 3}, time_us=99.0)
+    new = testing.BenchmarkRecord(
+        **fields,
+        shape={"m": 1, "n": 2, "k": 3},
+        time_us=8.0,
+        tflops=100.0,
+        gb_s=4000.0,
+        ceiling_fraction=0.93,
+        error=1.7e-3,
+        peer="DeepGEMM",
+        peer_time_us=12.0,
+    )
+    return [old, new]
+
+
+def test_tables_show_the_latest_record():
+    text = render.tables(records())
+    row = "| 1 | 2 | 3 | 8.0 | 100 | 4000 | 93% | 1.7e-03 | DeepGEMM | 12.0 | 1.50 |"
+    assert row in text
+    assert "99.0" not in text
+    assert "Geometric mean of the ratios: 1.50; least: 1.50." in text
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    path = tmp_path / "roofline.png"
+    render.plot_roofline(records(), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["roofline.png"]
