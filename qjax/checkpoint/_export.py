@@ -73,10 +73,11 @@ def export(
     origin = Source.of(source)
     cache = origin.kv_cache if kv_cache is None else kv_cache
     cache = cache if cache is not None and cache.quantized else None
+    model_dtype = jnp.dtype(model.dtype).name  # type: ignore[attr-defined]
     found = layers(model)
     parameters = dict(variables(model))
     plan = FORMATS[format](found, class_words(model), cache)
-    units = list(_units(model, parameters, found, plan, cache))
+    units = list(_units(model_dtype, parameters, found, plan, cache))
     tensors = [tensor for unit in units for tensor in unit.tensors]
     directory = Path(directory).absolute()
     with new_folder(directory, overwrite=overwrite) as partial:
@@ -86,8 +87,7 @@ def export(
         finally:
             writer.close()
         origin.write_files(partial)
-        dtype = plan.dtype or jnp.dtype(model.dtype).name
-        write_config(partial, origin.config, plan.config, dtype)
+        write_config(partial, origin.config, plan.config, plan.dtype or model_dtype)
     return directory
 
 
@@ -109,7 +109,7 @@ def _write(writer: SafetensorsWriter, units: list[_Unit], title: str | None) -> 
 
 
 def _units(
-    model: nnx.Module,
+    dtype: str,
     parameters: Mapping[str, nnx.Variable],
     found: Mapping[str, Layer],
     plan: Export,
@@ -125,7 +125,7 @@ def _units(
                 if path in plan.encoders:
                     yield _encoded(layer, i, plan.encoders[path], templates)
                 else:
-                    yield _dense(layer, i, plan, model)
+                    yield _dense(layer, i, plan, dtype)
         elif isinstance(variable, ActivationScale):
             assert layer is not None
             if plan.config is not None:
@@ -135,9 +135,9 @@ def _units(
         elif layer is not None:
             for i, own in enumerate(layer.names):
                 full = f"{own}_{leaf}" if layer.stacked else f"{own}.{leaf}"
-                yield _plain(full, value, layer.expert(i), plan, model)
+                yield _plain(full, value, layer.expert(i), plan, dtype)
         else:
-            yield _plain(name, value, None, plan, model)
+            yield _plain(name, value, None, plan, dtype)
 
 
 def _encoded(layer: Layer, index: int, encode: Encode, templates: dict) -> _Unit:
@@ -146,8 +146,7 @@ def _encoded(layer: Layer, index: int, encode: Encode, templates: dict) -> _Unit
     joint = "_" if layer.stacked else "."
     w = layer.value
     lead = 0 if layer.expert(index) is None else 1
-    format = layer.spec.weights
-    assert format is not None
+    format = layer.format
     logical = w.shape[lead:]
     key = (encode, format, logical, w.column_perm is None)
     if key not in templates:
@@ -157,7 +156,7 @@ def _encoded(layer: Layer, index: int, encode: Encode, templates: dict) -> _Unit
             "zero_point": (format.scale_shape(logical), format.zero_point_dtype),
             "global_scale": ((*logical[:-2], 1, 1), jnp.dtype("float32")),
         }
-        ones = {
+        ones: dict[str, Any] = {
             part: np.ones(*parts[part]) if part in parts and getattr(w, part) is not None else None
             for part in PARTS
         }
@@ -177,16 +176,16 @@ def _encoded(layer: Layer, index: int, encode: Encode, templates: dict) -> _Unit
     return _Unit(tuple(specs), make)
 
 
-def _dense(layer: Layer, index: int, plan: Export, model: nnx.Module) -> _Unit:
+def _dense(layer: Layer, index: int, plan: Export, dtype: str) -> _Unit:
     """A plain weight, dequantized where it is not plain already."""
     name, value, expert = layer.names[index], layer.value, layer.expert(index)
     # Hugging Face's GPT-OSS keeps plain stacked experts as [E, in, out].
     full = name if layer.stacked else f"{name}.weight"
     if not isinstance(value, QArray) and not layer.stacked:
-        return _plain(full, value, expert, plan, model)
+        return _plain(full, value, expert, plan, dtype)
     shape = value.shape if expert is None else value.shape[1:]
     shape = (*shape[:-2], shape[-1], shape[-2]) if layer.stacked else shape
-    dtype = np.dtype(jnp.dtype(plan.dtype or model.dtype))
+    stored = np.dtype(jnp.dtype(plan.dtype or dtype))
 
     def make() -> dict[str, np.ndarray]:
         if isinstance(value, QArray):
@@ -194,23 +193,23 @@ def _dense(layer: Layer, index: int, plan: Export, model: nnx.Module) -> _Unit:
             w = np.asarray(dataclasses.replace(parts, **_device_parts(parts)).dequantize("float32"))
         else:
             w = to_host(value, expert)
-        return {full: (w.swapaxes(-1, -2) if layer.stacked else w).astype(dtype)}
+        return {full: (w.swapaxes(-1, -2) if layer.stacked else w).astype(stored)}
 
-    return _Unit((TensorSpec(full, tuple(shape), dtype),), make)
+    return _Unit((TensorSpec(full, tuple(shape), stored),), make)
 
 
 def _device_parts(w: QArray) -> dict[str, Any]:
     return {part: jnp.asarray(getattr(w, part)) for part in PARTS if getattr(w, part) is not None}
 
 
-def _plain(name: str, value: Any, expert: int | None, plan: Export, model: nnx.Module) -> _Unit:
+def _plain(name: str, value: Any, expert: int | None, plan: Export, dtype: str) -> _Unit:
     """A plain tensor; those of the model's dtype take the export's, others (float32 biases) stay."""
-    cast = plan.dtype is not None and value.dtype == jnp.dtype(model.dtype)
-    dtype = np.dtype(jnp.dtype(plan.dtype)) if cast else np.dtype(value.dtype)
+    cast = plan.dtype is not None and value.dtype == jnp.dtype(dtype)
+    stored = np.dtype(jnp.dtype(plan.dtype)) if cast else np.dtype(value.dtype)
     shape = tuple(value.shape if expert is None else value.shape[1:])
     return _Unit(
-        (TensorSpec(name, shape, dtype),),
-        lambda: {name: to_host(value, expert).astype(dtype, copy=False)},
+        (TensorSpec(name, shape, stored),),
+        lambda: {name: to_host(value, expert).astype(stored, copy=False)},
     )
 
 

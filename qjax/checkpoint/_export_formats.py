@@ -112,14 +112,14 @@ def _fp8(layers, words, kv_cache) -> Export:
     quantized = _quantized(layers, "fp8")
     fix = "requantize to FP8_BLOCK or FP8, or export 'compressed-tensors'"
     for layer in quantized.values():
-        format, activations = layer.spec.weights, layer.spec.activations
+        format, activations = layer.format, layer.spec.activations
         block = (128, 128) if format.block_shape == (128, 128) else (WHOLE, WHOLE)
         inputs = (1, 128) if block == (128, 128) else None
         if format.element != "float8_e4m3fn" or format.block_shape != block or layer.stacked:
             _refuse(layer, "fp8", "float8_e4m3fn in 128x128 blocks or per tensor", fix)
         if activations is None or activations.format.element != "float8_e4m3fn":
             _refuse(layer, "fp8", "float8_e4m3fn activations", fix)
-        if inputs is not None and (activations.static or activations.format.block_shape != inputs):
+        elif inputs and (activations.static or activations.format.block_shape != inputs):
             _refuse(layer, "fp8", "activations quantized 1x128", fix)
     spec = _one_spec(quantized, "fp8")
     assert spec.weights is not None and spec.activations is not None
@@ -156,8 +156,7 @@ def _fbgemm_fp8(layers, words, kv_cache) -> Export:
 
 def _check_weight_only(layer: Layer, format: str, bits: tuple[int, ...]) -> None:
     """GPTQ and AWQ: grouped integers with 16-bit scales, 32-bit words along both axes."""
-    f, shape = layer.spec.weights, layer.value.shape
-    assert f is not None
+    f, shape = layer.format, layer.value.shape
     fix = "requantize, or export 'compressed-tensors'"
     grouped = f.block_shape[0] == 1
     if (
@@ -193,15 +192,16 @@ def _gptq(layers, words, kv_cache) -> Export:
     version = _gptq_version(quantized)
     fields = {}
     for path, layer in quantized.items():
-        f = layer.spec.weights
-        assert f is not None
+        f = layer.format
         fields[path] = (f.bits, _group_size(f), f.offset is None, layer.permuted)
     (bits, group_size, sym, desc_act), _ = Counter(fields.values()).most_common(1)[0]
     names = set(_specs(quantized))
     dynamic: dict[str, dict[str, Any]] = {}
     for values in sorted(set(fields.values()) - {(bits, group_size, sym, desc_act)}):
         mine = {name for p, v in fields.items() if v == values for name in layers[p].names}
-        own = dict(zip(("bits", "group_size", "sym", "desc_act"), values, strict=True))
+        own: dict[str, Any] = dict(
+            zip(("bits", "group_size", "sym", "desc_act"), values, strict=True)
+        )
         for target in compress_targets(mine, words.keys() - mine):
             dynamic[f"+:{_pattern(target)}"] = own
     plain = [name for name in _plain_names(layers, words) if name != "lm_head"]
@@ -269,8 +269,7 @@ def _mxfp4(layers, words, kv_cache) -> Export:
     del words, kv_cache
     quantized = _quantized(layers, "mxfp4")
     for layer in quantized.values():
-        f = layer.spec.weights
-        assert f is not None
+        f = layer.format
         mx = (f.element, f.block_shape, f.scale_dtype) == (
             "float4_e2m1fn",
             (1, 32),

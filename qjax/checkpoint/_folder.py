@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def carry_files(source: Path, directory: Path) -> list[str]:
 
 
 def write_config(
-    directory: Path, config: dict[str, Any], quantization: dict[str, Any] | None, dtype: str
+    directory: Path, config: Mapping[str, Any], quantization: dict[str, Any] | None, dtype: str
 ) -> None:
     """Writes config.json with this quantization_config and dtype, the other fields as they were."""
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}

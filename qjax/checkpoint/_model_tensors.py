@@ -10,6 +10,7 @@ from flax import nnx
 
 from qjax.checkpoint._blocks import reblock_parts
 from qjax.checkpoint._declared import declared_spec
+from qjax.formats import QFormat
 from qjax.nn import (
     ActivationScale,
     Embedding,
@@ -51,6 +52,12 @@ class Layer:
         return self.module.weight.get_value()  # type: ignore[attr-defined]
 
     @property
+    def format(self) -> QFormat:
+        """The format of a quantized layer."""
+        assert self.spec.weights is not None
+        return self.spec.weights
+
+    @property
     def permuted(self) -> bool:
         """Whether its columns are stored in another order."""
         return isinstance(self.value, QArray) and self.value.column_perm is not None
@@ -67,8 +74,7 @@ class Layer:
             array = getattr(w, part)
             if array is not None:
                 parts[part] = to_host(array, None if part == "column_perm" else expert)
-        assert self.spec.weights is not None
-        return reblock_parts(w, parts, self.spec.weights.block_shape, self.names[index])
+        return reblock_parts(w, parts, self.format.block_shape, self.names[index])
 
 
 def layers(model: nnx.Module) -> dict[str, Layer]:

@@ -169,7 +169,12 @@ def _describe_model(model: nnx.Module) -> dict | None:
         if spec is not None and spec != QuantSpec():
             first = layer.checkpoint_paths(path)[0] if isinstance(layer, ExpertLinear) else path
             specs[first] = to_json(spec)
-    return {"module": module, "config": to_json(config), "dtype": model.dtype, "specs": specs}
+    return {
+        "module": module,
+        "config": to_json(config),
+        "dtype": model.dtype,  # type: ignore[attr-defined]
+        "specs": specs,
+    }
 
 
 def _build_model(directory: Path, saved: dict | None, sharding: Sharding | None) -> nnx.Module:

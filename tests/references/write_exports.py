@@ -82,9 +82,7 @@ def build(config: dict, recipe: Recipe, dtype: str = "float32") -> llama.Model:
 
 def write_case(directory: Path, format: str, recipe: Recipe) -> None:
     model = build(CONFIG, recipe)
-    export(
-        model, directory, format=format, source=CONFIG, kv_cache=recipe.kv_cache, progress=False
-    )
+    export(model, directory, format=format, source=CONFIG, kv_cache=recipe.kv_cache, progress=False)
     arrays = {}
     for path, module in nn.modules(model):
         weight = getattr(module, "weight", None)
@@ -98,7 +96,7 @@ def write_case(directory: Path, format: str, recipe: Recipe) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Export tiny models in every format.")
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     for name, (format, recipe) in cases().items():
