@@ -146,6 +146,20 @@ def fbgemm_fp8(w: QArray) -> Tensors:
     return {"weight": np.asarray(w.qvalue), "weight_scale": np.asarray(w.scale)}
 
 
+def modelopt_fp8(w: QArray) -> Tensors:
+    """ModelOpt's fp8 with one scale."""
+    return {"weight": np.asarray(w.qvalue), "weight_scale": np.asarray(w.scale).reshape(())}
+
+
+def modelopt_nvfp4(w: QArray) -> Tensors:
+    """ModelOpt's NVFP4, whose global scale multiplies."""
+    return {
+        "weight": np.asarray(w.qvalue),
+        "weight_scale": np.asarray(w.scale),
+        "weight_scale_2": np.asarray(w.global_scale).reshape(()),
+    }
+
+
 def gptq(w: QArray, *, version: str) -> Tensors:
     """GPTQ: words along K, zero points along N, stored one less in v1 ("gptq") than in "gptq_v2"."""
     bits = w.format.bits
@@ -185,7 +199,7 @@ def divisor(multiplier: np.ndarray) -> np.ndarray:
     """The float32 whose reciprocal is this one, for formats that divide by their global scale.
 
     Above sqrt(2) of each binade some floats are no float's reciprocal; then the nearest is taken, one
-    unit in the last place away, and a warning says so.
+    unit in the last place away, and a warning says so (ModelOpt's format multiplies and stays exact).
     """
     one = np.float32(1)
     best = one / multiplier.astype(np.float32)

@@ -8,11 +8,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qjax.checkpoint import _encode
-from qjax.checkpoint._export_config import compress_targets, compressed_tensors_config, packing
+from qjax.checkpoint._export_config import (
+    compress_targets,
+    compressed_tensors_config,
+    kv_cache_args,
+    packing,
+)
 from qjax.checkpoint._model_tensors import Layer
-from qjax.formats import WHOLE, QFormat
+from qjax.formats import WHOLE, QFormat, qformat
 from qjax.qarray import QArray
 from qjax.recipe import KVCacheFormat, QuantSpec
+
+NVFP4, FP8_TENSOR = qformat("nvfp4"), qformat("fp8_e4m3_tensor")
 
 Encode = Callable[[QArray], _encode.Tensors]
 
@@ -152,6 +159,34 @@ def _fbgemm_fp8(layers, words, kv_cache) -> Export:
         "modules_to_not_convert": _plain_names(layers, words),
     }
     return Export(config, dict.fromkeys(quantized, _encode.fbgemm_fp8))
+
+
+def _modelopt(layers, words, kv_cache) -> Export:
+    quantized = _quantized(layers, "modelopt")
+    spec = _one_spec(quantized, "modelopt")
+    first, activations = next(iter(quantized.values())), spec.activations
+    nvfp4 = first.format == NVFP4
+    per_tensor = first.format == FP8_TENSOR
+    if activations is None or not activations.static or not (nvfp4 or per_tensor) or first.stacked:
+        fix = "export 'compressed-tensors'"
+        _refuse(first, "modelopt", "NVFP4 or per-tensor fp8 with static activation scales", fix)
+    args: dict[str, Any] = {"dynamic": False, "num_bits": first.format.bits, "type": "float"}
+    args |= {"group_size": 16} if nvfp4 else {}
+    config: dict[str, Any] = {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4" if nvfp4 else "FP8",
+        "config_groups": {
+            "group_0": {"input_activations": args, "weights": args, "targets": ["Linear"]}
+        },
+        "ignore": _plain_names(layers, words),
+        "producer": {"name": "modelopt"},
+    }
+    if kv_cache is not None:
+        config["kv_cache_scheme"] = {
+            k: v for k, v in kv_cache_args(kv_cache).items() if k in ("dynamic", "num_bits", "type")
+        }
+    encode = _encode.modelopt_nvfp4 if nvfp4 else _encode.modelopt_fp8
+    return Export(config, dict.fromkeys(quantized, encode), vector_scales=False)
 
 
 def _check_weight_only(layer: Layer, format: str, bits: tuple[int, ...]) -> None:
@@ -303,6 +338,7 @@ FORMATS: Mapping[str, Planner] = {
     "gptq": _gptq,
     "awq": _awq,
     "mxfp4": _mxfp4,
+    "modelopt": _modelopt,
     "bf16": _plain("bfloat16"),
     "f16": _plain("float16"),
     "f32": _plain("float32"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from qjax.checkpoint._folder import carry_files
 from qjax.recipe import KVCacheFormat
+from qjax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Source:
 
     Attributes:
         config: Its config.json.
-        files: Its folder, None where it has none.
+        files: Its folder, or the GGUF file that holds its tokenizer; None where there is neither.
         generation_config: What generation_config.json says, where no folder holds it.
         kv_cache: Storage of the KV cache that it asks for.
     """
@@ -49,18 +50,38 @@ class Source:
             )
         recipe = getattr(source, "recipe", None)
         tokenizer = getattr(source, "tokenizer", None)
-        folder = Path(tokenizer) if isinstance(tokenizer, str | os.PathLike) else None
         return cls(
             source.config,
-            folder if folder is not None and folder.is_dir() else None,
+            Path(tokenizer) if isinstance(tokenizer, str | os.PathLike) else None,
             getattr(source, "generation_config", None),
             None if recipe is None else recipe.kv_cache,
         )
 
     def write_files(self, directory: Path) -> None:
         """Writes everything but weights and config.json."""
-        if self.files is not None:
+        generation = dict(self.generation_config or {})
+        if self.files is not None and self.files.is_dir():
             carry_files(self.files, directory)
-        generation = directory / "generation_config.json"
-        if self.generation_config and not generation.exists():
-            generation.write_text(json.dumps(dict(self.generation_config), indent=2) + "\n")
+        elif self.files is not None:
+            tokenizer = Tokenizer.load(self.files)
+            _write_tokenizer(tokenizer, directory)
+            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.eos_ids)}
+            generation = {k: v for k, v in ends.items() if v not in (None, [])} | generation
+        file = directory / "generation_config.json"
+        if generation and not file.exists():
+            _write_json(file, generation)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """A tokenizer without files of its own (GGUF's) as tokenizer.json and tokenizer_config.json."""
+    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokenizer.named_tokens
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    # What decoding otherwise does to spaces before punctuation.
+    config["clean_up_tokenization_spaces"] = False
+    _write_json(directory / "tokenizer_config.json", config)
+
+
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

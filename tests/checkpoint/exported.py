@@ -71,6 +71,8 @@ def decode(parts: dict[str, np.ndarray], config: dict) -> np.ndarray:
         block = config.get("weight_block_size", parts["weight"].shape)
         scale = scale.reshape(1, 1) if scale.ndim == 0 else scale
         return parts["weight"].astype(np.float32) * spread(scale, parts["weight"].shape, block)
+    if method == "modelopt":
+        return _modelopt(parts)
     (group,) = config["config_groups"].values()
     return _compressed(parts, group["format"], group["weights"])
 
@@ -95,6 +97,14 @@ def _awq(parts, config):
 
     g = np.arange(k) // (k if config["group_size"] == -1 else config["group_size"])
     return ((columns(parts["qweight"]) - columns(parts["qzeros"])[g]) * scales[g]).T
+
+
+def _modelopt(parts):
+    weight, scale = parts["weight"], parts["weight_scale"].astype(np.float32)
+    if weight.dtype != np.uint8:
+        return weight.astype(np.float32) * scale
+    codes = np.stack([weight & 15, weight >> 4], axis=-1).reshape(len(weight), -1)
+    return _E2M1[codes] * spread(scale, codes.shape, (1, 16)) * parts["weight_scale_2"]
 
 
 def _compressed(parts, form, args):

@@ -17,6 +17,7 @@ import numpy as np
 
 from qjax import nn
 from qjax.checkpoint._export import export
+from qjax.formats import ActivationFormat, integer_format, qformat
 from qjax.models import llama
 from qjax.qarray import QArray
 from qjax.recipe import SCHEMES, QuantSpec, Recipe, Rule, kv_cache_format
@@ -39,8 +40,6 @@ CONFIG = {
 
 
 def int_spec(bits: int, group: int, *, asym: bool = False, scale: str = "float16") -> QuantSpec:
-    from qjax.formats import integer_format
-
     offset = "zero_point" if asym else None
     return QuantSpec(integer_format(bits, (1, group), offset=offset, scale_dtype=scale))
 
@@ -62,6 +61,11 @@ def cases() -> dict[str, tuple[str, Recipe]]:
         found[f"ct_int{bits}_asym"] = ("compressed-tensors", one(int_spec(bits, 64, asym=True)))
     found["fp8_block"] = ("fp8", one(SCHEMES["FP8_BLOCK"]))
     found["fp8_tensor"] = ("fp8", one(SCHEMES["FP8"]))
+    static = ActivationFormat(qformat("nvfp4"), static=True)
+    nvfp4 = dataclasses.replace(SCHEMES["NVFP4"], activations=static)
+    found["ct_nvfp4_static"] = ("compressed-tensors", one(nvfp4))
+    found["modelopt_nvfp4"] = ("modelopt", one(nvfp4))
+    found["modelopt_fp8"] = ("modelopt", one(SCHEMES["FP8"]))
     for bits in (2, 3, 4, 8):
         found[f"gptq_int{bits}"] = ("gptq", one(int_spec(bits, 64)))
         found[f"gptq_int{bits}_asym"] = ("gptq", one(int_spec(bits, 128, asym=True)))
