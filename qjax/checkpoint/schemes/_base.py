@@ -1,0 +1,272 @@
+"""What every checkpoint format provides: which modules are quantized how, and how their tensors decode."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from qjax.formats import QFormat
+from qjax.recipe import KVCacheFormat, QuantSpec, Recipe, Rule, matches
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a file's header describes it: safetensors' dtype word, and the shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Tensors = Mapping[str, np.ndarray]
+Infos = Mapping[str, TensorInfo]
+Parts = dict[str, np.ndarray]
+"""`QArray`'s parts by name, host arrays, and perhaps "activation_scale"."""
+
+SCALE_DTYPES = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U8": "float8_e8m0fnu",
+    "F8_E4M3": "float8_e4m3fn",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How one quantized weight lies in a checkpoint.
+
+    Attributes:
+        name: For messages.
+        required: Tensor names after the module's.
+        optional: Names that may be there and are read.
+        accepted: Names that may be there and say nothing that is not known otherwise.
+        scale: Which of the tensors holds the scales, whose dtype becomes the format's.
+        decode: (tensors, format, logical shape [..., N, K]) -> canonical parts.
+        joiner: Between the module's name and a tensor's: "." or, in GPT-OSS, "_".
+    """
+
+    name: str
+    required: tuple[str, ...]
+    scale: str
+    decode: Callable[[Tensors, QFormat, tuple[int, ...]], Parts]
+    optional: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
+    joiner: str = "."
+
+    def tensor_names(self, path: str, available: Mapping[str, Any]) -> dict[str, str]:
+        """{tensor name after the module's: full name} of the tensors of one module that are read.
+
+        Raises:
+            ValueError: If a required one is missing.
+        """
+        full = {s: f"{path}{self.joiner}{s}" for s in (*self.required, *self.optional)}
+        missing = [full[s] for s in self.required if full[s] not in available]
+        if missing:
+            raise ValueError(f"{path}: {self.name} needs {missing}, which the checkpoint lacks")
+        return {s: name for s, name in full.items() if name in available}
+
+    def complete(self, format: QFormat, infos: Infos, path: str) -> QFormat:
+        """The format with the scale dtype that the checkpoint holds.
+
+        Raises:
+            ValueError: If it is none that scales may have.
+        """
+        dtype = infos[self.scale].dtype
+        if dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"{path}: {self.scale} is {dtype}; scales must be one of {sorted(SCALE_DTYPES)}"
+            )
+        if format.scale_rule == "mx" or format.global_scale:
+            return format
+        return dataclasses.replace(format, scale_dtype=SCALE_DTYPES[dtype])
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Modules of one scheme.
+
+    Attributes:
+        targets: As in `Rule`.
+        spec: The quantization, scale dtype still to be completed; None leaves the modules plain.
+        codec: How their weights are stored; None for plain ones.
+    """
+
+    targets: tuple[str, ...]
+    spec: QuantSpec | None
+    codec: Codec | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What a config.json's quantization says.
+
+    Attributes:
+        method: quant_method.
+        groups: The first one that names a module holds for it.
+        ignore: Targets that are plain.
+        kv_cache: Storage of the KV cache, None if it says nothing.
+    """
+
+    method: str
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...] = ()
+    kv_cache: KVCacheFormat | None = None
+
+    def resolve(self, kinds: Mapping[str, str]) -> dict[str, Group]:
+        """{path: group} of the quantized modules among `kinds` ({path: class word}).
+
+        Raises:
+            ValueError: If a group matches no module.
+        """
+        found: dict[str, Group] = {}
+        hit: set[int] = set()
+        for path, kind in kinds.items():
+            if any(matches(t, path, kind) for t in self.ignore):
+                continue
+            for i, group in enumerate(self.groups):
+                if any(matches(t, path, kind) for t in group.targets):
+                    hit.add(i)
+                    if group.spec is not None:
+                        found[path] = group
+                    break
+        unused = [g.targets for i, g in enumerate(self.groups) if i not in hit and g.spec]
+        if unused:
+            raise ValueError(
+                f"config.json: quantization ({self.method}): {unused} match no module of this model; "
+                f"its modules are named like {list(kinds)[:3]}"
+            )
+        return found
+
+    @property
+    def recipe(self) -> Recipe:
+        """The same as a recipe, scale dtypes not completed."""
+        rules = tuple(Rule(g.targets, g.spec) for g in self.groups if g.spec is not None)
+        every = {t for rule in rules for t in rule.targets} | set(self.ignore)
+        return Recipe(rules, self.ignore, self.kv_cache, frozenset(every))
+
+
+class Settings:
+    """Fields of a quantization config, taken one by one; what is left over is an error."""
+
+    def __init__(self, config: Mapping[str, Any], where: str, harmless: frozenset[str]):
+        """Takes the mapping, its name in messages, and fields that change nothing."""
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{where} must be an object; found {config!r}")
+        self._config, self._where, self._harmless = config, where, harmless
+        self._taken: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field as it stands; null counts as missing."""
+        self._taken.add(name)
+        value = self._config.get(name)
+        return default if value is None else value
+
+    def choice(self, name: str, allowed: tuple, default: Any = None) -> Any:
+        """A field with one of these values.
+
+        Raises:
+            ValueError: If it has another.
+        """
+        value = self.get(name, default)
+        if not any(value == a and type(value) is type(a) for a in allowed):
+            raise ValueError(
+                f"{self._where}: {name} = {value!r} is not supported; supported: {list(allowed)}"
+            )
+        return value
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        """A list of strings, empty where it is missing.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise ValueError(f"{self._where}: {name} must be a list of strings; found {value!r}")
+        return tuple(value)
+
+    def group_size(self, name: str, default: int | None = None) -> int:
+        """A group size: a positive integer, or -1 for the whole row.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+            raise ValueError(
+                f"{self._where}: {name} must be a positive integer or -1; found {value!r}"
+            )
+        return value
+
+    def finish(self) -> None:
+        """Ends the reading.
+
+        Raises:
+            ValueError: If a field is left that may mean something.
+        """
+        left = {k for k, v in self._config.items() if v not in (None, {}, [], False)}
+        left -= self._taken | self._harmless
+        if left:
+            raise ValueError(f"{self._where}: unsupported fields {sorted(left)}")
+
+
+def part_of_name(entry: str) -> str:
+    """The target of an entry that names whole components of a path, with ``*`` as a wildcard."""
+    pattern = re.escape(entry).replace(r"\*", ".*")
+    return rf"re:(?:.*\.)?{pattern}(?:\..*)?"
+
+
+def substring(entry: str) -> str:
+    """The target of an entry that may stand anywhere in a path."""
+    return f"re:.*{re.escape(entry)}.*"
+
+
+def prefix_pattern(pattern: str, where: str) -> str:
+    """The target of a regular expression that has to match a path's beginning (`re.match`).
+
+    Raises:
+        ValueError: If it is no regular expression.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from error
+    return f"re:(?:{pattern}).*"
+
+
+def check_shape(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor, if it has this shape.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    found = tensors[name]
+    if tuple(found.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}; found {list(found.shape)}")
+    return found
+
+
+def scales(tensors: Tensors, name: str, format: QFormat, shape: tuple[int, ...]) -> np.ndarray:
+    """The scales of a weight [..., N, K] in their canonical shape and dtype.
+
+    Raises:
+        ValueError: If there are not as many as the config's blocks ask for.
+    """
+    found, wanted = tensors[name], format.scale_shape(shape)
+    scalar = all(n == 1 for n in wanted) and found.size == 1
+    flat_channel = found.ndim == 1 and wanted[-1] == 1 and found.shape == wanted[-2:-1]
+    if scalar or flat_channel:
+        found = found.reshape(wanted)
+    if found.shape != wanted:
+        raise ValueError(
+            f"{name} must have shape {list(wanted)} for blocks {format.block_shape} of a weight "
+            f"{list(shape)}; found {list(found.shape)}"
+        )
+    if format.scale_dtype == "float8_e8m0fnu" and found.dtype == np.uint8:
+        import ml_dtypes
+
+        found = found.view(ml_dtypes.float8_e8m0fnu)
+    return found
