@@ -56,6 +56,7 @@ def quantize(
     format = qformat(format)
     _check_input("quantize", x, format)
     if grid is None:
+        _check_groups("quantize", x, format)
         grid = compute_grid(x, format)
     codes = round_to_grid(x, format, grid, rounding=rounding)
     return QArray.from_parts(
@@ -79,13 +80,16 @@ def _check_input(op: str, x: Array, format: QFormat) -> None:
         raise ValueError(
             f"{op}: needs a floating array of two or more axes [..., N, K]; found {x.dtype}{list(x.shape)}"
         )
+    format.storage_shape(x.shape)
+
+
+def _check_groups(op: str, x: Array, format: QFormat) -> None:
     bk = format.block_shape[1]
     if format.block_shape[0] == 1 and bk > 1 and x.shape[-1] % bk:
         raise ValueError(
             f"{op}: group size {bk} must divide K = {x.shape[-1]} (shape {list(x.shape)}); "
             "choose another group size or pad K"
         )
-    format.storage_shape(x.shape)
 
 
 def compute_grid(
@@ -173,7 +177,7 @@ def round_to_element(x: Array, element: Element) -> Array:
 def quantize_activation(
     x: Array, activation: ActivationFormat, *, scale: Array | None = None
 ) -> QArray:
-    """Quantizes a layer's input [M, K] at run time.
+    """Quantizes a layer's input [M, K] at run time; its last group of columns may be short.
 
     Args:
         x: [M, K], floating.
@@ -214,20 +218,25 @@ def requantize(w: QArray, format: str | QFormat, *, dtype: DTypeLike | None = No
 def refine_blocks(w: QArray, block_shape: tuple[int, int]) -> QArray:
     """The same values with smaller blocks: scales are repeated, codes stay, nothing is lost.
 
+    Args:
+        w: The array.
+        block_shape: As in `QFormat`; `WHOLE` stays whole.
+
     Raises:
         ValueError: If the new blocks do not divide the old ones.
     """
-    old, shape = w.format.block_size(w.shape), w.shape
-    if any(o % n for o, n in zip(old, block_shape, strict=True)):
-        raise ValueError(f"refine_blocks: {block_shape} must divide the blocks {old}")
+    shape = w.shape
     format = dataclasses.replace(w.format, block_shape=tuple(block_shape))
+    old, block = w.format.block_size(shape), format.block_size(shape)
+    if any(o % n for o, n in zip(old, block, strict=True)):
+        raise ValueError(f"refine_blocks: {block_shape} must divide the blocks {old}")
     new = format.scale_shape(shape)
 
     def refine(part: Array | None) -> Array | None:
         if part is None:
             return None
         for axis in (-2, -1):
-            part = jnp.repeat(part, old[axis] // block_shape[axis], axis=axis)
+            part = jnp.repeat(part, old[axis] // block[axis], axis=axis)
         return part[..., : new[-2], : new[-1]]
 
     return dataclasses.replace(

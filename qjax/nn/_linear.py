@@ -112,7 +112,7 @@ def sharded_dot(
         if isinstance(w, QArray):
             shards = (1, sharding.size(in_axis))
             refined = sharded_format(quantized.format, x.shape, shards, "activations")
-            x = refine_blocks(quantized, refined.block_size(x.shape))
+            x = refine_blocks(quantized, refined.block_shape)
         else:  # quantization-aware training: values on the grid, differentiated straight through
             x = straight_through(x, quantized.dequantize())
     rows = sharding.axis("batch", x.shape[0])
