@@ -120,14 +120,20 @@ def _fp8(layers, words, kv_cache) -> Export:
     fix = "requantize to FP8_BLOCK or FP8, or export 'compressed-tensors'"
     for layer in quantized.values():
         format, activations = layer.format, layer.spec.activations
-        block = (128, 128) if format.block_shape == (128, 128) else (WHOLE, WHOLE)
-        inputs = (1, 128) if block == (128, 128) else None
-        if format.element != "float8_e4m3fn" or format.block_shape != block or layer.stacked:
+        blocks = format.block_shape == (128, 128)
+        if (
+            format.element != "float8_e4m3fn"
+            or layer.stacked
+            or not (blocks or format.block_shape == (WHOLE, WHOLE))
+        ):
             _refuse(layer, "fp8", "float8_e4m3fn in 128x128 blocks or per tensor", fix)
         if activations is None or activations.format.element != "float8_e4m3fn":
             _refuse(layer, "fp8", "float8_e4m3fn activations", fix)
-        elif inputs and (activations.static or activations.format.block_shape != inputs):
-            _refuse(layer, "fp8", "activations quantized 1x128", fix)
+        else:
+            per_tensor = (WHOLE, WHOLE) if activations.static else (1, WHOLE)
+            if activations.format.block_shape != ((1, 128) if blocks else per_tensor):
+                needs = "activations 1x128 with blocks, else per tensor if static, per token if not"
+                _refuse(layer, "fp8", needs, fix)
     spec = _one_spec(quantized, "fp8")
     assert spec.weights is not None and spec.activations is not None
     config: dict[str, Any] = {

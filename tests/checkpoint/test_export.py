@@ -12,8 +12,10 @@ from flax import nnx
 from references.write_exports import CONFIG, build, cases, int_spec
 
 from qjax import nn
-from qjax.checkpoint import _encode, _export, _export_config
+from qjax.checkpoint import _encode, _export, _export_config, _model_tensors
 from qjax.checkpoint._export import export
+from qjax.checkpoint._safetensors import SafetensorsFile
+from qjax.checkpoint.schemes import parse_quantization
 from qjax.formats import FORMATS, qformat
 from qjax.qarray import QArray
 from qjax.quantization import quantize
@@ -60,6 +62,49 @@ def test_exported_tensors_decode_to_the_same_weights(tmp_path, name):
     np.testing.assert_array_equal(tensors["model.norm.weight"], plain)
     assert tensors["lm_head.weight"].shape == (64, 256)
     assert {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")} == SMALL
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_packages_own_parsers_read_the_same_parts(tmp_path, name):
+    """Bit for bit: codes, scales, zero points, and the spec that the config states."""
+    format, recipe = CASES[name]
+    model = build(CONFIG, recipe)
+    folder = export(
+        model,
+        tmp_path / "x",
+        format=format,
+        source=CONFIG,
+        kv_cache=recipe.kv_cache,
+        progress=False,
+    )
+    tensors, file = read_tensors(folder), SafetensorsFile(folder / "model.safetensors")
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    quantization = parse_quantization(stated, "config.json")
+    assert quantization.kv_cache == recipe.kv_cache
+    groups = quantization.resolve(nn.quantizable(model))
+    weights = quantized_weights(model)
+    assert groups.keys() == weights.keys()
+    for path, w in weights.items():
+        group = groups[path]
+        names = group.codec.tensor_names(path, tensors)
+        infos = {short: file.infos[full] for short, full in names.items()}
+        complete = group.codec.complete(group.spec.weights, infos, path)
+        assert complete == w.format, path
+        mine = {short: tensors[full] for short, full in names.items()}
+        parts = group.codec.decode(mine, complete, w.shape)
+        layer = dict(nn.modules(model))[path]
+        scale = parts.pop("activation_scale", None)
+        assert (scale is None) == (layer.activation_scale is None)
+        activations = layer.activation_format
+        if activations is not None:  # the floor of amax is the library's own, no config states it
+            activations = dataclasses.replace(activations, amax_min=group.spec.activations.amax_min)
+        assert group.spec.activations == activations
+        want = {part: getattr(w, part) for part in _model_tensors.PARTS}
+        want = {part: np.asarray(x) for part, x in want.items() if x is not None}
+        assert parts.keys() == want.keys()
+        for part, x in want.items():
+            assert parts[part].dtype == x.dtype and parts[part].shape == x.shape, (path, part)
+            assert parts[part].tobytes() == x.tobytes(), (path, part)
 
 
 def test_config_groups_name_the_smaller_sets_first():
