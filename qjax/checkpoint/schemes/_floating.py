@@ -59,7 +59,7 @@ def reciprocal(value: np.ndarray, name: str) -> np.ndarray:
     """
     if not (np.isfinite(value) & (value > 0)).all():
         raise ValueError(f"{name} must be positive; found {value}")
-    return (np.float32(1) / value.astype(np.float32)).astype(np.float32)
+    return np.asarray(np.float32(1) / value.astype(np.float32))
 
 
 def packed_fp4(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
