@@ -9,15 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qjax.checkpoint import _encode
 from qjax.checkpoint._export_formats import FORMATS, Encode, Export
 from qjax.checkpoint._folder import new_folder, write_config
 from qjax.checkpoint._model_tensors import PARTS, Layer, class_words, layers, to_host, variables
+from qjax.checkpoint._progress import progress_bar
 from qjax.checkpoint._safetensors_writer import SafetensorsWriter, TensorSpec
 from qjax.checkpoint._source import Source
-from qjax.nn import ActivationScale, KVScale
+from qjax.nn import ActivationScale, ExpertLinear, KVScale
 from qjax.qarray import QArray
 from qjax.recipe import KVCacheFormat
 
@@ -83,7 +83,7 @@ def export(
     with new_folder(directory, overwrite=overwrite) as partial:
         writer = SafetensorsWriter(partial, tensors, max_shard_bytes)
         try:
-            _write(writer, units, directory.name if progress else None)
+            _write(writer, units, directory.name, progress)
         finally:
             writer.close()
         origin.write_files(partial)
@@ -91,20 +91,13 @@ def export(
     return directory
 
 
-def _write(writer: SafetensorsWriter, units: list[_Unit], title: str | None) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=title is None) as bar:
-        task = bar.add_task(f"writing {title}", total=writer.total_bytes)
+def _write(writer: SafetensorsWriter, units: list[_Unit], title: str, progress: bool) -> None:
+    with progress_bar(f"writing {title}", writer.total_bytes, enabled=progress) as advance:
         for unit in units:
             arrays = unit.make()
             for tensor in unit.tensors:
                 writer.write(tensor.name, arrays[tensor.name])
-                bar.advance(task, tensor.nbytes)
+                advance(tensor.nbytes)
     writer.finish()
 
 
@@ -179,12 +172,12 @@ def _encoded(layer: Layer, index: int, encode: Encode, templates: dict) -> _Unit
 def _dense(layer: Layer, index: int, plan: Export, dtype: str) -> _Unit:
     """A plain weight, dequantized where it is not plain already."""
     name, value, expert = layer.names[index], layer.value, layer.expert(index)
-    # Hugging Face's GPT-OSS keeps plain stacked experts as [E, in, out].
+    transposed = isinstance(layer.module, ExpertLinear) and layer.module.transposed_in_checkpoint
     full = name if layer.stacked else f"{name}.weight"
-    if not isinstance(value, QArray) and not layer.stacked:
+    if not isinstance(value, QArray) and not transposed:
         return _plain(full, value, expert, plan, dtype)
     shape = value.shape if expert is None else value.shape[1:]
-    shape = (*shape[:-2], shape[-1], shape[-2]) if layer.stacked else shape
+    shape = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     stored = np.dtype(jnp.dtype(plan.dtype or dtype))
 
     def make() -> dict[str, np.ndarray]:
@@ -193,7 +186,7 @@ def _dense(layer: Layer, index: int, plan: Export, dtype: str) -> _Unit:
             w = np.asarray(dataclasses.replace(parts, **_device_parts(parts)).dequantize("float32"))
         else:
             w = to_host(value, expert)
-        return {full: (w.swapaxes(-1, -2) if layer.stacked else w).astype(stored)}
+        return {full: (w.swapaxes(-1, -2) if transposed else w).astype(stored)}
 
     return _Unit((TensorSpec(full, tuple(shape), stored),), make)
 

@@ -163,17 +163,17 @@ def _describe_model(model: nnx.Module) -> dict | None:
     config = getattr(model, "config", None)
     if module not in MODEL_MODULES.values() or not dataclasses.is_dataclass(config):
         return None
-    specs = {}
+    specs: dict[QuantSpec, list[str]] = {}
     for path, layer in modules(model):
         spec = declared_spec(layer)
         if spec is not None and spec != QuantSpec():
-            first = layer.checkpoint_paths(path)[0] if isinstance(layer, ExpertLinear) else path
-            specs[first] = to_json(spec)
+            names = layer.checkpoint_paths(path) if isinstance(layer, ExpertLinear) else [path]
+            specs.setdefault(spec, []).extend(names)
     return {
         "module": module,
         "config": to_json(config),
         "dtype": model.dtype,  # type: ignore[attr-defined]
-        "specs": specs,
+        "specs": [{"spec": to_json(spec), "paths": paths} for spec, paths in specs.items()],
     }
 
 
@@ -188,8 +188,10 @@ def _build_model(directory: Path, saved: dict | None, sharding: Sharding | None)
         )
     family = importlib.import_module(saved["module"])
     specs = {
-        path: from_json(QuantSpec, spec, f"{directory}: {path}")
-        for path, spec in saved["specs"].items()
+        path: spec
+        for group in saved["specs"]
+        for spec in [from_json(QuantSpec, group["spec"], f"{directory}: specs")]
+        for path in group["paths"]
     }
     config = from_json(family.Config, saved["config"], f"{directory}: config")
     return family.Model(config, specs=specs, dtype=saved["dtype"], sharding=sharding or Sharding())
