@@ -1,27 +1,30 @@
-"""A Hopper wgmma that starts its sum instead of adding to one.
+"""Hopper wgmma that starts a sum instead of adding to one.
 
 `plgpu.wgmma` adds to an accumulator that must first be filled with zeros. Where a kernel promotes two
 products in one loop body, LLVM shares the register that holds the zero, ptxas then no longer sees that the
 second sum starts at zero, and spends a move for each of its registers and spills (ptxas 13.5: 64 moves and up
 to 170 registers spilled for 64x128). Here the first instruction has scale-d = false: it ignores the register.
+
+Both functions return complete sums (they wait), so a register operand may be overwritten afterwards.
 """
+
+import functools
 
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
-from jax.experimental.mosaic.gpu import mma_utils
+from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-_PTX_TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
+_PTX_TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16", "float16": "f16"}
 _K_BYTES = 32  # of one instruction
 
 
 def fp8_product(left, right, *, swizzle: int, recycle: Array | None = None) -> Array:
-    """left @ right.T in float32, complete when it returns.
+    """left @ right.T in float32.
 
     Args:
         left: Shared memory [64, K], e4m3 or e5m2, tiled (8, swizzle) and swizzled.
@@ -33,77 +36,112 @@ def fp8_product(left, right, *, swizzle: int, recycle: Array | None = None) -> A
         [64, N] in ``Layout.WGMMA``.
     """
     types = [_PTX_TYPES[jnp.dtype(ref.dtype).name] for ref in (left, right)]
-    columns = right.shape[0]
+    emit = functools.partial(_emit, types=types, swizzle=swizzle, first=0)
 
-    def emit(ctx, left, right, *recycle):
+    def product(ctx, left, right, *recycle):
         del ctx
-        return _emit(left, right, recycle, types, columns, swizzle)
+        return emit(left, right, recycle)
 
-    emit.interpret_impl = lambda left, right, *recycle: jnp.matmul(
-        left.astype(jnp.float32), right.astype(jnp.float32).T, precision="highest"
+    product.interpret_impl = lambda left, right, *recycle: _reference(left, right)
+    ref = _tiled(left.dtype, swizzle)
+    return _inline(product, (ref, ref), (left, right), recycle, right.shape[0])
+
+
+def mixed_product(left: Array, right, *, first: int, recycle: Array | None = None) -> Array:
+    """left @ right[:, first : first + K].T in float32, the left operand in registers.
+
+    Args:
+        left: [64, K], bfloat16 or float16, in ``Layout.WGMMA``; K a multiple of 16.
+        right: Shared memory [N, K'] of the same dtype, tiled (8, 64) and swizzled by 128 bytes.
+        first: First column of `right`, a multiple of 16.
+        recycle: An earlier product whose registers may hold this one.
+
+    Returns:
+        [64, N] in ``Layout.WGMMA``.
+    """
+    k = left.shape[1]
+    types = [_PTX_TYPES[jnp.dtype(left.dtype).name]] * 2
+    emit = functools.partial(_emit, types=types, swizzle=128, first=first)
+
+    def product(ctx, left, right, *recycle):
+        del ctx
+        return emit(left, right, recycle)
+
+    product.interpret_impl = lambda left, right, *recycle: _reference(
+        left, right[:, first : first + k]
     )
-    ref = plgpu.RefType((plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle)))
+    arg_types = (plgpu.Layout.WGMMA, _tiled(left.dtype, 128))
+    return _inline(product, arg_types, (left, right), recycle, right.shape[0])
+
+
+def _reference(left: Array, right: Array) -> Array:
+    return jnp.matmul(left.astype(jnp.float32), right.astype(jnp.float32).T, precision="highest")
+
+
+def _tiled(dtype, swizzle: int) -> plgpu.RefType:
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
+
+
+def _inline(product, arg_types, args, recycle: Array | None, columns: int) -> Array:
+    if recycle is not None:
+        arg_types, args = (*arg_types, plgpu.Layout.WGMMA), (*args, recycle)
     out = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=plgpu.Layout.WGMMA)
-    recycled = () if recycle is None else (recycle,)
-    arg_types = (ref, ref, *(plgpu.Layout.WGMMA for _ in recycled))
-    return plgpu.inline_mgpu(arg_types=arg_types, return_type=out)(emit)(left, right, *recycled)
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=out)(product)(*args)
 
 
-def _emit(left, right, recycle, types, columns, swizzle) -> fa.FragmentedArray:
-    right = mgpu.memref_transpose(right, (1, 0, 3, 2))
-    (left_base, _), (_, left_stride), _ = mma_utils.create_descriptor(
-        left,
-        swizzle=swizzle,
-        large_tile=(64, swizzle),
-        group_size=(64, swizzle),
-        logical_k_major=False,
-    )
-    (right_base, _), (_, right_stride), _ = mma_utils.create_descriptor(
-        right,
-        swizzle=swizzle,
-        large_tile=(swizzle, swizzle),
-        group_size=(swizzle, columns),
-        logical_k_major=True,
-    )
-    count = columns // 2
-    sums = "{" + ",".join(f"${i}" for i in range(count)) + "}"
-    (_, depth), _ = mma_utils.tiled_memref_shape(left)
-    ptx = [
-        "{",
-        ".reg .pred add; .reg .b64 l, r;",
-        "wgmma.fence.sync.aligned;",
-    ]
-    if recycle:
-        first = 2 * count  # ties each output to an input
-        (recycled,) = recycle
-        inputs = [
-            llvm.extractelement(r, _zero())
-            for r in recycled.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat
-        ]
-        ptx.append(f"setp.eq.b64 add, ${first}, 0;")
+def _emit(left, right, recycle, *, types, swizzle: int, first: int) -> fa.FragmentedArray:
+    """The instructions of one product: fence, K/k of them, commit, wait."""
+    itemsize = 2 if types[0] in ("bf16", "f16") else 1
+    (columns, _), _ = mma_utils.tiled_memref_shape(right)
+    count, layout, f32 = columns // 2, fa.WGMMA_LAYOUT_ACC_32BIT, ir.F32Type.get()
+    recycled = [_scalar(r) for a in recycle for r in a.to_layout(layout).registers.flat]
+    in_registers = isinstance(left, fa.FragmentedArray)
+    if in_registers:
+        i32 = ir.IntegerType.get_signless(32)
+        words = [utils.bitcast(r, i32) for r in left.registers.flat]
+        depth, left_stride = left.shape[1], 0
+        # With the left operand in registers there is only the right one's transposition to say.
+        flags = "1, 1, 0"
     else:
-        first, inputs = count, []
-        ptx.append("setp.ne.b32 add, 0, 0;")
-    for i in range(depth // _K_BYTES):
-        group, within = divmod(i * _K_BYTES, swizzle)
-        ptx += [
-            f"add.s64 l, ${first}, {mma_utils.encode_addr(group * left_stride + within)};",
-            f"add.s64 r, ${first + 1}, {mma_utils.encode_addr(group * right_stride + within)};",
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.{types[0]}.{types[1]} "
-            f"{sums}, l, r, add, 1, 1;",
-        ]
+        base, left_stride = _descriptor(left, swizzle, itemsize, 64, is_right=False)
+        (_, depth), _ = mma_utils.tiled_memref_shape(left)
+        words, flags = [base], "1, 1"
+    transposed = utils.memref_transpose(right, (1, 0, 3, 2))
+    right_base, right_stride = _descriptor(transposed, swizzle, itemsize, columns, is_right=True)
+
+    operand = count + len(recycled)  # each recycled register is an input tied to an output
+    right_operand = operand + len(words)
+    sums = "{" + ",".join(f"${i}" for i in range(count)) + "}"
+    ptx = ["{", ".reg .pred add; .reg .b64 l, r;", "wgmma.fence.sync.aligned;"]
+    # False either way, but ptxas must not see it where registers are recycled: it would untie them.
+    ptx.append(f"setp.eq.b64 add, ${right_operand}, 0;" if recycled else "setp.ne.b32 add, 0, 0;")
+    for i in range(depth * itemsize // _K_BYTES):
+        if in_registers:
+            a = "{" + ",".join(f"${operand + 4 * i + j}" for j in range(4)) + "}"
+        else:
+            a, group = "l", divmod(i * _K_BYTES, swizzle)
+            offset = mma_utils.encode_addr(group[0] * left_stride + group[1])
+            ptx.append(f"add.s64 l, ${operand}, {offset};")
+        group, within = divmod(first * itemsize + i * _K_BYTES, swizzle)
+        offset = mma_utils.encode_addr(group * right_stride + within)
+        ptx.append(f"add.s64 r, ${right_operand}, {offset};")
+        ptx.append(
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k{_K_BYTES // itemsize}.f32.{types[0]}.{types[1]} "
+            f"{sums}, {a}, r, add, {flags};"
+        )
         if i == 0:
             ptx.append("setp.ne.b32 add, 1, 0;")
     ptx += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
-    f32 = ir.F32Type.get()
+    constraints = ["=f"] * count + [str(i) for i in range(len(recycled))]
+    constraints += ["r" if in_registers else "l"] * len(words) + ["l"]
     registers = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * count),
-        [*inputs, left_base, right_base],
+        [*recycled, *words, right_base],
         "\n".join(ptx),
-        ",".join(["=f"] * count + [str(i) for i in range(len(inputs))] + ["l", "l"]),
+        ",".join(constraints),
         has_side_effects=True,
     )
-    layout = fa.WGMMA_LAYOUT_ACC_32BIT
     values = np.empty(count, dtype=object)
     for i in range(count):
         value = llvm.extractvalue(f32, registers, [i])
@@ -113,6 +151,21 @@ def _emit(left, right, recycle, types, columns, swizzle) -> fa.FragmentedArray:
     return array.to_layout(fa.WGMMA_LAYOUT)
 
 
-def _zero():
+def _descriptor(ref, swizzle: int, itemsize: int, rows: int, *, is_right: bool):
+    """The matrix descriptor of a tiled operand, and the bytes between its swizzle-wide column groups."""
+    width = swizzle // itemsize
+    (base, _), (_, stride), fastest = mma_utils.create_descriptor(
+        ref,
+        swizzle=swizzle,
+        large_tile=(width, width) if is_right else (rows, width),
+        group_size=(width, rows) if is_right else (rows, width),
+        logical_k_major=is_right,
+    )
+    assert fastest == mma_utils.Dim.K
+    return base, stride
+
+
+def _scalar(register: ir.Value) -> ir.Value:
     i32 = ir.IntegerType.get_signless(32)
-    return llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result
+    zero = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result
+    return llvm.extractelement(register, zero)

@@ -28,10 +28,12 @@ from qjax.pallas_kernels.fp8_quantize_sm90 import (
     padded_rows,
 )
 from qjax.pallas_kernels.fp8_rowwise_gemm_sm90 import fp8_rowwise_gemm
+from qjax.pallas_kernels.int4_mixed_gemm_sm90 import int4_mixed_gemm
 
 ROOT = Path(__file__).parents[1]
 DEEPSEEK_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 LLAMA_NK = ((4096, 4096), (28672, 4096), (8192, 8192))
+INT4_NK = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192))
 TOKENS = (1, 16, 64, 128, 256, 4096)
 
 log = logging.getLogger("bench_kernels")
@@ -107,8 +109,33 @@ def fp8_gemm_case(op: str, m: int, n: int, k: int, config=None) -> Case:
         args=(x, x_scale, w, w_scale),
         error=error,
         flops=2.0 * m * n * k,
-        nbytes=m * k + n * k + 2 * m * n + 4 * (x_scale.size + w_scale.size),
+        nbytes=float(m * k + n * k + 2 * m * n + 4 * (x_scale.size + w_scale.size)),
         unit="fp8",
+    )
+
+
+def int4_case(m: int, n: int, k: int, group: int) -> Case:
+    """A product of bf16 activations and symmetric INT4 weights, random data."""
+    keys = jax.random.split(jax.random.key(m + n + k), 3)
+    x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
+    codes = jax.random.bits(keys[1], (n, k // 2), jnp.uint8)
+    scale = jax.random.uniform(keys[2], (n, k // group), jnp.bfloat16, 0.01, 0.02)
+
+    def error(out):
+        q = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(n, k).astype(jnp.float32) - 8
+        w = q * jnp.repeat(scale.astype(jnp.float32), group, axis=1)
+        return relative_error(out, float32_product(x.astype(jnp.float32), w))
+
+    return Case(
+        op="int4_mixed_gemm",
+        format=f"int4_1x{group}",
+        shape={"m": m, "n": n, "k": k},
+        fn=jax.jit(int4_mixed_gemm),
+        args=(x, codes, scale),
+        error=error,
+        flops=2.0 * m * n * k,
+        nbytes=n * k / 2 + 2.0 * (m * k + m * n + scale.size),
+        unit="bf16",
     )
 
 
@@ -151,6 +178,13 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
                 for n, k in sizes
                 for m in tokens
             ]
+    if "int4_mixed_gemm" in ops:
+        makers += [
+            lambda m=m, n=n, k=k, group=group: int4_case(m, n, k, group)
+            for n, k in INT4_NK
+            for group in (128, 32)
+            for m in tokens
+        ]
     for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
         if op in ops:
             makers += [
@@ -161,7 +195,13 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
     return makers
 
 
-OPS = ("fp8_block_gemm", "fp8_rowwise_gemm", "fp8_quantize_1x128", "fp8_quantize_per_token")
+OPS = (
+    "fp8_block_gemm",
+    "fp8_rowwise_gemm",
+    "int4_mixed_gemm",
+    "fp8_quantize_1x128",
+    "fp8_quantize_per_token",
+)
 
 
 def measure_ceilings(calls: int) -> dict[str, float]:
