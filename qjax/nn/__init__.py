@@ -2,9 +2,10 @@
 
 from qjax.nn._attention import Attention, HeadSharding, Tokens, attend
 from qjax.nn._causal_lm import CausalLM, Decoder, quantizable
+from qjax.nn._latent_attention import LatentAttention
 from qjax.nn._linear import Embedding, Linear, RMSNorm, sharded_dot
 from qjax.nn._mlp import GatedMLP
-from qjax.nn._moe import ExpertLinear
+from qjax.nn._moe import ExpertLinear, Experts, MoE
 from qjax.nn._params import (
     ActivationScale,
     Context,
@@ -16,6 +17,7 @@ from qjax.nn._params import (
     modules,
 )
 from qjax.nn._rope import Rope, yarn_mscale
+from qjax.nn._router import Router, Routing, route
 
 __all__ = [
     "ActivationScale",
@@ -25,13 +27,18 @@ __all__ = [
     "Decoder",
     "Embedding",
     "ExpertLinear",
+    "Experts",
     "GatedMLP",
     "HeadSharding",
     "KVScale",
+    "LatentAttention",
     "Linear",
+    "MoE",
     "QuantizedParam",
     "RMSNorm",
     "Rope",
+    "Router",
+    "Routing",
     "Tokens",
     "abstract_param",
     "abstract_weight",
@@ -39,6 +46,7 @@ __all__ = [
     "initialize",
     "modules",
     "quantizable",
+    "route",
     "sharded_dot",
     "yarn_mscale",
 ]

@@ -1,12 +1,38 @@
-"""Mixture of experts: stacked expert weights."""
+"""Mixture of experts: stacked expert weights, dispatch, combination; experts and ffn channels cut over a mesh."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 
+from qjax.formats import WHOLE, ActivationFormat
+from qjax.nn._mlp import GatedMLP
 from qjax.nn._params import Context, abstract_activation_scale, abstract_param, abstract_weight
+from qjax.nn._router import Router, Routing
+from qjax.ops import ragged_dot, straight_through
+from qjax.qarray import QArray
+from qjax.quantization import compute_grid, quantize_activation, refine_blocks
+from qjax.sharding import Sharding, array_specs, part_specs, sharded_format
+
+Product = Callable[..., Array]
+"""(rows sorted by expert [M, K], rows of each expert [E], out_dtype) -> [M, N]."""
 
 
 class ExpertLinear(nnx.Module):
-    """One linear layer of every expert: weight [E, N, K], bias [E, N]."""
+    """One linear layer of every expert: weight [E, N, K], bias [E, N].
+
+    Checkpoints hold it in one of three ways, which the attributes tell the loader:
+
+    - `stacked_in_checkpoint` False: ``{parent}.{e}.{name}.weight`` [N, K] per expert.
+    - `stacked_in_checkpoint` True: ``{path}`` without a suffix and ``{path}_bias`` [E, N]; a quantized
+      weight's parts (``{path}_blocks``, ``{path}_scales``) are (out, in) like ours;
+    - and `transposed_in_checkpoint` True: a plain ``{path}`` is [E, K, N], to be transposed when read.
+    """
 
     def __init__(
         self,
@@ -21,6 +47,7 @@ class ExpertLinear(nnx.Module):
         out_axis: str | None = None,
         expert_axis: str | None = None,
         stacked_in_checkpoint: bool = False,
+        transposed_in_checkpoint: bool = False,
     ):
         """Builds the stacked layer with abstract parameters.
 
@@ -36,10 +63,22 @@ class ExpertLinear(nnx.Module):
             expert_axis: Mesh axis that cuts E.
             stacked_in_checkpoint: Whether checkpoints hold the stack as one tensor (GPT-OSS) instead of
                 one tensor per expert.
+            transposed_in_checkpoint: Whether that tensor, where it is not quantized, is [E, K, N].
+
+        Raises:
+            ValueError: If the experts of one layer have different specs.
         """
         self.stacked_in_checkpoint = stacked_in_checkpoint
+        self.transposed_in_checkpoint = transposed_in_checkpoint
         self.num_experts = num_experts
-        spec = context.spec(self.checkpoint_paths(path)[0])
+        paths = self.checkpoint_paths(path)
+        spec = context.spec(paths[0])
+        for other in paths[1:]:
+            if context.spec(other) != spec:
+                raise ValueError(
+                    f"experts of one layer need one quantization: {paths[0]} has {spec}, "
+                    f"{other} has {context.spec(other)}"
+                )
         axes = (expert_axis, out_axis, in_axis)
         shape = (num_experts, out_features, in_features)
         self.weight = abstract_weight(shape, spec.weights, context, axes, path)
@@ -51,6 +90,7 @@ class ExpertLinear(nnx.Module):
             spec, (num_experts,), context.sharding, (expert_axis,)
         )
         self.in_axis, self.out_axis, self.expert_axis = in_axis, out_axis, expert_axis
+        self.sharding = context.sharding
         self.implementation = context.implementation
 
     @property
@@ -64,3 +104,254 @@ class ExpertLinear(nnx.Module):
             return [path]
         parent, _, name = path.rpartition(".")
         return [f"{parent}.{e}.{name}" for e in range(self.num_experts)]
+
+    def __call__(
+        self, x: Float[Array, "M K"], group_sizes: Int[Array, " E"], *, out_dtype=None
+    ) -> Float[Array, "M N"]:
+        """Each row times its expert's weight, on one device; see `qjax.ops.ragged_dot`."""
+        return self.local_product(self.operands(), x, group_sizes, out_dtype=out_dtype)
+
+    def operands(self) -> tuple:
+        """(weight, bias, activation scale): what `local_product` takes, each device its part."""
+        parts = (self.weight, self.bias, self.activation_scale)
+        return tuple(None if p is None else p.get_value() for p in parts)
+
+    def operand_specs(self) -> tuple:
+        """The partition specs of `operands`."""
+        weight = array_specs(
+            self.weight.get_value(), P(self.expert_axis, self.out_axis, self.in_axis)
+        )
+        return weight, P(self.expert_axis, self.out_axis), P(self.expert_axis)
+
+    def local_product(self, operands, x, group_sizes, *, out_dtype=None) -> Array:
+        """This device's product, inside `jax.shard_map` where there is a mesh.
+
+        Args:
+            operands: Its experts and channels of `operands`.
+            x: [M, K], its channels of K.
+            group_sizes: Rows of each of its experts.
+            out_dtype: Default x's dtype.
+
+        Returns:
+            [M, N], partial sums (which the caller adds up) where `in_axis` cuts K; rows past the groups
+            are zeros.
+        """
+        weight, bias, scale = operands
+        activation = self.activation_format
+        out_dtype = x.dtype if out_dtype is None else out_dtype
+        if activation is not None and self.sharding.mesh is not None:
+            activation, scale = _shared_scale(x, activation, scale, self.sharding)
+            if self.in_axis is not None and _needs_whole_rows(x.shape[-1], activation):
+                # Scales must not depend on the mesh: quantize whole rows, then take this device's columns.
+                if scale is not None and scale.size > 1:
+                    raise ValueError(
+                        f"experts: {activation.format.block_shape} activation blocks with a scale per "
+                        f"expert can't be cut into {x.shape[-1]} columns per device; use fewer "
+                        f"{self.in_axis} shards"
+                    )
+                whole = jax.lax.all_gather(x, self.in_axis, axis=1, tiled=True)
+                quantized = quantize_activation(whole, activation, scale=scale)
+                quantized = _columns(quantized, self.in_axis, self.sharding.size(self.in_axis))
+                activation = scale = None
+                if isinstance(weight, QArray):
+                    x = quantized
+                else:
+                    x = straight_through(x, quantized.dequantize(x.dtype))
+        if bias is not None and self.in_axis is not None:
+            bias = jnp.where(jax.lax.axis_index(self.in_axis) == 0, bias, jnp.zeros_like(bias))
+        return ragged_dot(
+            x,
+            weight,
+            group_sizes,
+            bias=bias,
+            activation_format=activation,
+            activation_scale=scale,
+            out_dtype=out_dtype,
+            implementation=self.implementation,
+        )
+
+
+def _shared_scale(
+    x: Array, activation: ActivationFormat, scale: Array | None, sharding: Sharding
+) -> tuple[ActivationFormat, Array | None]:
+    """A dynamic format's one scale for all rows, from the amax over all devices."""
+    f = activation.format
+    if activation.static or not (f.global_scale or f.block_shape == (WHOLE, WHOLE)):
+        return activation, scale
+    assert sharding.mesh is not None
+    amax = jax.lax.pmax(jnp.max(jnp.abs(x.astype(jnp.float32))), sharding.mesh.axis_names)
+    row = jnp.full((1, max(f.block_shape[1], 1)), amax)
+    grid = compute_grid(row, f, amax_min=activation.amax_min, amax_max=activation.amax_max)
+    one = grid.global_scale if f.global_scale else grid.scale
+    assert one is not None
+    return dataclasses.replace(activation, static=True), one.reshape(()).astype(jnp.float32)
+
+
+def _needs_whole_rows(local_k: int, activation: ActivationFormat) -> bool:
+    """Whether a scale covers columns of several devices."""
+    block = activation.format.block_shape
+    if block == (WHOLE, WHOLE):
+        return False  # one scale for all, settled before
+    return block[1] == WHOLE or local_k % block[1] != 0
+
+
+def _columns(q: QArray, axis: str, shards: int) -> QArray:
+    """This device's columns of a QArray [M, K] that every device holds whole."""
+    format = sharded_format(q.format, q.shape, (1, shards), "activations")
+    q = refine_blocks(q, format.block_shape)
+    index = jax.lax.axis_index(axis)
+    parts = {}
+    for name, spec in part_specs(format, P(None, axis)).items():
+        part = getattr(q, name)
+        if part is not None and spec[-1] == axis:
+            width = part.shape[-1] // shards
+            part = jax.lax.dynamic_slice_in_dim(part, index * width, width, axis=1)
+        parts[name] = part
+    return dataclasses.replace(q, **parts)
+
+
+class Experts(nnx.Module):
+    """The experts' gated feed-forward layers: ``down(silu(gate(x)) * up(x))`` of each chosen expert.
+
+    Tokens are sorted by expert (stably, so the result does not depend on scheduling), every expert takes
+    all its tokens, and the weighted outputs are summed in float32. On a mesh, experts are cut over
+    "expert" and their channels over "mlp"; each device runs its part on all tokens of its data shard.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        path: str,
+        context: Context,
+    ):
+        """Builds gate_proj, up_proj [E, F, D] and down_proj [E, D, F] with abstract parameters."""
+        make = self.builder(num_experts, intermediate_size, path, context)
+        self.gate_proj = make("gate_proj", hidden_size, intermediate_size)
+        self.up_proj = make("up_proj", hidden_size, intermediate_size)
+        self.down_proj = make("down_proj", intermediate_size, hidden_size)
+
+    def builder(
+        self, num_experts: int, intermediate_size: int, path: str, context: Context, **kwargs
+    ):
+        """What builds a layer by its name and sizes; also settles how experts and channels are cut."""
+        self.num_experts = num_experts
+        self.sharding = context.sharding
+        self.expert_axis = context.sharding.axis("expert", num_experts)
+        self.channel_axis = channels = context.sharding.axis("mlp", intermediate_size)
+
+        def make(name: str, n_in: int, n_out: int) -> ExpertLinear:
+            cut = {"in_axis": channels} if name == "down_proj" else {"out_axis": channels}
+            return ExpertLinear(
+                num_experts,
+                n_in,
+                n_out,
+                f"{path}.{name}",
+                context,
+                expert_axis=self.expert_axis,
+                **cut,
+                **kwargs,
+            )
+
+        return make
+
+    def layers(self) -> dict[str, ExpertLinear]:
+        """{name: layer}, as `feed_forward` takes their products."""
+        return {name: getattr(self, name) for name in ("gate_proj", "up_proj", "down_proj")}
+
+    def feed_forward(
+        self, product: Mapping[str, Product], x: Float[Array, "M D"], group_sizes: Int[Array, " E"]
+    ) -> Float[Array, "M D"]:
+        """The experts' outputs for rows sorted by expert, float32."""
+        gate = product["gate_proj"](x, group_sizes)
+        hidden = jax.nn.silu(gate) * product["up_proj"](x, group_sizes)
+        return product["down_proj"](hidden, group_sizes, out_dtype=jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        weights: Float[Array, "B T k"],
+        experts: Int[Array, "B T k"],
+    ) -> Float[Array, "B T D"]:
+        """sum_j weights[..., j] * expert_{experts[..., j]}(x), in x's dtype."""
+        layers = self.layers()
+        if self.sharding.mesh is None:
+            return self._dispatch(layers, x, weights, experts).astype(x.dtype)
+        rows = self.sharding.axis("batch", x.shape[0])
+        summed = tuple(a for a in (self.expert_axis, self.channel_axis) if a is not None)
+
+        def local(operands, x, weights, experts):
+            def bound(layer, parts):
+                def product(x, group_sizes, *, out_dtype=None):
+                    return layer.local_product(parts, x, group_sizes, out_dtype=out_dtype)
+
+                return product
+
+            products = {name: bound(layers[name], parts) for name, parts in operands.items()}
+            out = self._dispatch(products, x, weights, experts)
+            return (jax.lax.psum(out, summed) if summed else out).astype(x.dtype)
+
+        return jax.shard_map(
+            local,
+            mesh=self.sharding.mesh,
+            in_specs=({n: layer.operand_specs() for n, layer in layers.items()}, *[P(rows)] * 3),
+            out_specs=P(rows),
+            check_vma=False,
+        )({n: layer.operands() for n, layer in layers.items()}, x, weights, experts)
+
+    def _dispatch(self, product: Mapping[str, Product], x, weights, experts) -> Array:
+        """This device's experts on these tokens, float32 [B, T, D]; zeros from experts elsewhere."""
+        b, t, d = x.shape
+        k = experts.shape[-1]
+        count = self.num_experts // self.sharding.size(self.expert_axis)
+        expert = experts.reshape(-1)
+        if self.expert_axis is not None:
+            expert = expert - jax.lax.axis_index(self.expert_axis) * count
+            expert = jnp.where((expert >= 0) & (expert < count), expert, count)
+        order = jnp.argsort(expert, stable=True)
+        group_sizes = jnp.bincount(expert, length=count + 1)[:count]
+        rows = jnp.take(x.reshape(-1, d), order // k, axis=0)
+        y = self.feed_forward(product, rows, group_sizes)
+        y = jnp.take(y, jnp.argsort(order), axis=0).reshape(b, t, k, d)
+        return jnp.sum(y * weights.astype(jnp.float32)[..., None], axis=2)
+
+
+class MoE(nnx.Module):
+    """A router, its experts, and experts that every token shares (one feed-forward layer)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        routing: Routing,
+        path: str,
+        context: Context,
+        *,
+        correction: bool = False,
+        shared_size: int = 0,
+    ):
+        """Builds `gate`, `experts` and `shared_experts` with abstract parameters.
+
+        Args:
+            hidden_size: D.
+            intermediate_size: F of each routed expert.
+            routing: The router's rule.
+            path: The module's path.
+            context: Specs, dtype, sharding.
+            correction: See `Router`.
+            shared_size: F of the shared experts together, 0 for none.
+        """
+        self.gate = Router(hidden_size, routing, context, correction=correction)
+        self.experts = Experts(
+            routing.num_experts, hidden_size, intermediate_size, f"{path}.experts", context
+        )
+        shared = f"{path}.shared_experts"
+        self.shared_experts = (
+            GatedMLP(hidden_size, shared_size, shared, context) if shared_size else None
+        )
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The layer's output in x's dtype."""
+        out = self.experts(x, *self.gate(x))
+        return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -14,7 +14,7 @@ from qjax.quantization import quantize_activation
 
 
 def ragged_dot(
-    lhs: Float[Array, "M K"],
+    lhs: Array | QArray,
     rhs: Array | QArray,
     group_sizes: Int[Array, " E"],
     *,
@@ -26,8 +26,10 @@ def ragged_dot(
 ) -> Float[Array, "M N"]:
     """lhs[rows of expert e] @ rhs[e].T for consecutive groups of rows, summed in float32.
 
+    Gradients flow to lhs (and to a plain rhs); quantization of lhs is differentiated as the identity.
+
     Args:
-        lhs: Rows sorted by expert.
+        lhs: [M, K], rows sorted by expert, floating; or a QArray, then already quantized.
         rhs: [E, N, K], plain or quantized.
         group_sizes: Rows of each expert; rows past their sum come out as zeros.
         bias: [E, N], added in float32.
@@ -39,35 +41,45 @@ def ragged_dot(
     Raises:
         ValueError: If the shapes disagree, or the implementation asked for can't take the arguments.
     """
-    if rhs.ndim != 3 or rhs.shape[-1] != lhs.shape[-1] or rhs.shape[0] != group_sizes.shape[0]:
+    found = f"{list(lhs.shape)}, {list(rhs.shape)}, {list(group_sizes.shape)}"
+    if lhs.ndim != 2 or rhs.ndim != 3 or rhs.shape[::2] != (*group_sizes.shape, lhs.shape[-1]):
         raise ValueError(
-            "ragged_dot: needs lhs [M, K], rhs [E, N, K], group_sizes [E]; found "
-            f"{list(lhs.shape)}, {list(rhs.shape)}, {list(group_sizes.shape)}"
+            f"ragged_dot: needs lhs [M, K], rhs [E, N, K], group_sizes [E]; found {found}"
         )
-    out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
-    experts = rhs.shape[0]
-    ends = jnp.cumsum(group_sizes)
-    expert = jnp.searchsorted(ends, jnp.arange(lhs.shape[0]), side="right")
-    inside = (expert < experts)[:, None]
-    expert = jnp.minimum(expert, experts - 1)
     if isinstance(rhs, QArray) and rhs.column_perm is not None:
         raise ValueError("ragged_dot: experts with a column permutation are not supported")
-    x = lhs.astype(jnp.float32)
-    if activation_format is not None:
+    out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
+    expert = expert_of_rows(group_sizes, lhs.shape[0])
+    inside = (expert < rhs.shape[0])[:, None]
+    expert = jnp.minimum(expert, rhs.shape[0] - 1)
+    dtype = jnp.float32 if isinstance(lhs, QArray) else lhs.dtype
+    x = dequantize_stored(lhs) if isinstance(lhs, QArray) else lhs.astype(jnp.float32)
+    if activation_format is not None and not isinstance(lhs, QArray):
         x = straight_through(x, _quantized(lhs, activation_format, activation_scale, expert))
     if isinstance(rhs, QArray):
-        choose("ragged_dot", implementation, device_reason("9.0") or "no kernel yet")
+        choose("ragged_dot", implementation, unsupported_reason(lhs, rhs))
         y = _xla(x, rhs, group_sizes)
     else:
         y = jax.lax.ragged_dot(
-            x.astype(lhs.dtype),
-            jnp.swapaxes(rhs, 1, 2).astype(lhs.dtype),
+            x.astype(dtype),
+            jnp.swapaxes(rhs, 1, 2).astype(dtype),
             group_sizes.astype(jnp.int32),
             preferred_element_type=jnp.float32,
         )
     if bias is not None:
         y = y + jnp.take(bias.astype(jnp.float32), expert, axis=0)
     return jnp.where(inside, y, 0.0).astype(out_dtype)
+
+
+def unsupported_reason(lhs: Array | QArray, rhs: Array | QArray) -> str | None:
+    """Why no kernel takes this product, None if one does."""
+    return device_reason("9.0") or "no kernel for experts yet"
+
+
+def expert_of_rows(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:
+    """The expert of each of so many sorted rows, E for rows past the groups."""
+    ends = jnp.cumsum(group_sizes)
+    return jnp.searchsorted(ends, jnp.arange(rows, dtype=ends.dtype), side="right")
 
 
 def _quantized(lhs, activation_format, scale, expert) -> Array:

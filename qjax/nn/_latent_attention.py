@@ -1,0 +1,180 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values from one low-rank latent."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
+
+from qjax.kv_cache import LayerCache, LayerShape
+from qjax.nn._attention import HeadSharding, Tokens, attend
+from qjax.nn._linear import Linear, RMSNorm
+from qjax.nn._params import Context, KVScale
+from qjax.nn._rope import Rope
+from qjax.ops import straight_through
+from qjax.qarray import QArray
+from qjax.quantization import quantize_activation
+from qjax.sharding import array_specs
+
+# The two inner norms do not take the config's epsilon, in DeepSeek's code and in transformers.
+_EPS = 1e-6
+
+
+class LatentAttention(nnx.Module):
+    """Attention that caches per token one latent [R] and one rotated key [rope_dim], for all heads.
+
+    With a cache, kv_b_proj is absorbed: queries are mapped into the latent space, attend there, and their
+    averaged latents are expanded to values, so cached keys and values never exist per head. Its weight is
+    dequantized where it is used; no second copy is kept. Without a cache keys and values are expanded.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        rope: Rope,
+        path: str,
+        context: Context,
+        *,
+        q_lora_rank: int | None,
+        kv_lora_rank: int,
+        nope_dim: int,
+        value_dim: int,
+        scale: float,
+        use_bias: bool = False,
+    ):
+        """Builds the layer with abstract parameters.
+
+        Args:
+            hidden_size: D.
+            num_heads: N.
+            rope: Rotary embedding of the decoupled channels.
+            path: The module's path.
+            context: Specs, dtype, sharding.
+            q_lora_rank: Rank of the queries' projection, None for a single full one.
+            kv_lora_rank: R.
+            nope_dim: Channels of a head's key without position.
+            value_dim: Channels of a head's value.
+            scale: Factor on the logits.
+            use_bias: Whether q_a_proj, kv_a_proj_with_mqa and o_proj have biases.
+        """
+        axis = context.sharding.axis("heads", num_heads)
+        query, self.num_heads = num_heads * (nope_dim + rope.dim), num_heads
+        self.rank, self.nope_dim, self.value_dim = kv_lora_rank, nope_dim, value_dim
+        self.rope, self.scale = rope, scale
+        self.heads_axis = axis
+        self.sharding, self.implementation = context.sharding, context.implementation
+
+        def linear(name, n_in, n_out, **kwargs):
+            return Linear(n_in, n_out, f"{path}.{name}", context, **kwargs)
+
+        low, rank = q_lora_rank is not None, q_lora_rank or 0
+        self.q_proj = None if low else linear("q_proj", hidden_size, query, out_axis=axis)
+        self.q_a_proj = linear("q_a_proj", hidden_size, rank, use_bias=use_bias) if low else None
+        self.q_a_layernorm = RMSNorm(rank, context, eps=_EPS) if low else None
+        self.q_b_proj = linear("q_b_proj", rank, query, out_axis=axis) if low else None
+        self.kv_a_proj_with_mqa = linear(
+            "kv_a_proj_with_mqa", hidden_size, kv_lora_rank + rope.dim, use_bias=use_bias
+        )
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank, context, eps=_EPS)
+        expanded = num_heads * (nope_dim + value_dim)
+        self.kv_b_proj = linear("kv_b_proj", kv_lora_rank, expanded, out_axis=axis)
+        self.o_proj = linear(
+            "o_proj", num_heads * value_dim, hidden_size, use_bias=use_bias, in_axis=axis
+        )
+        self.k_scale = KVScale(jnp.ones((1,), jnp.float32))
+        self.v_scale = KVScale(jnp.ones((1,), jnp.float32))
+
+    def cache_shape(self) -> LayerShape:
+        """What this layer caches per token: values are the latent part of the key."""
+        return LayerShape(1, self.rank + self.rope.dim, 0)
+
+    def cache_scales(self) -> tuple[Array, Array]:
+        """(key, value) scales; there are no cached values."""
+        return self.k_scale.get_value(), self.v_scale.get_value()
+
+    def __call__(
+        self, x: Float[Array, "B T D"], tokens: Tokens, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Attention output and the layer's updated cache."""
+        b, t = x.shape[:2]
+        if self.q_a_proj is None:
+            query = self.q_proj(x)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.reshape(b, t, self.num_heads, -1)
+        compressed = self.kv_a_proj_with_mqa(x)
+        latent = self.kv_a_layernorm(compressed[..., : self.rank])
+        cos, sin = self.rope.angles(tokens.positions, tokens.lengths)
+        rotated_query = self.rope.rotate(query[..., self.nope_dim :], cos, sin)
+        rotated_key = self.rope.rotate(compressed[:, :, None, self.rank :], cos, sin)
+        query = query[..., : self.nope_dim]
+        attention = self._expanded if cache is None else self._absorbed
+        out, cache = attention(query, rotated_query, latent, rotated_key, tokens, cache)
+        return self.o_proj(out.reshape(b, t, -1)), cache
+
+    def _expanded(self, query, rotated_query, latent, rotated_key, tokens, cache):
+        """Every head's own keys and values: fewer operations per logit, nothing to cache."""
+        b, t = latent.shape[:2]
+        expanded = self.kv_b_proj(latent).reshape(b, t, self.num_heads, -1)
+        shared = jnp.broadcast_to(rotated_key, (*query.shape[:3], self.rope.dim))
+        axis = self.heads_axis
+        return attend(
+            jnp.concatenate([query, rotated_query], axis=-1),
+            jnp.concatenate([expanded[..., : self.nope_dim], shared], axis=-1),
+            expanded[..., self.nope_dim :],
+            tokens,
+            cache,
+            sharding=self.sharding,
+            heads=HeadSharding(axis, axis, axis, 1),
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+
+    def _absorbed(self, query, rotated_query, latent, rotated_key, tokens, cache):
+        """q.(W_k c) = (W_k^T q).c and sum(p W_v c) = W_v sum(p c): attention over latents c."""
+        latent = self._quantized_latent(latent)
+        query = self._times_kv_b("btnh,nhr->btnr", query, slice(None, self.nope_dim))
+        out, cache = attend(
+            jnp.concatenate([query, rotated_query], axis=-1),
+            jnp.concatenate([latent[:, :, None], rotated_key], axis=-1),
+            None,
+            tokens,
+            cache,
+            sharding=self.sharding,
+            heads=HeadSharding(self.heads_axis, None, None, 1),
+            value_dim=self.rank,
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+        return self._times_kv_b("btnr,nvr->btnv", out, slice(self.nope_dim, None)), cache
+
+    def _quantized_latent(self, latent: Float[Array, "B T R"]) -> Float[Array, "B T R"]:
+        """The values that kv_b_proj's activation format keeps: keys and values are linear in them."""
+        activation, scale = self.kv_b_proj.activation_format, self.kv_b_proj.activation_scale
+        if activation is None:
+            return latent
+        scale = None if scale is None else scale.get_value()
+        q = quantize_activation(latent.reshape(-1, self.rank), activation, scale=scale)
+        return straight_through(latent, q.dequantize(latent.dtype).reshape(latent.shape))
+
+    def _times_kv_b(self, product: str, x: Float[Array, "B T N _"], rows: slice) -> Array:
+        """x of each head times these rows of its part of kv_b_proj, in x's dtype."""
+
+        def local(x, w):
+            w = w.dequantize(x.dtype) if isinstance(w, QArray) else w.astype(x.dtype)
+            w = w.reshape(x.shape[2], -1, self.rank)[:, rows]
+            return jnp.einsum(product, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+        w = self.kv_b_proj.weight.get_value()
+        if self.sharding.mesh is None:
+            return local(x, w)
+        heads = P(self.sharding.axis("batch", x.shape[0]), None, self.heads_axis)
+        return jax.shard_map(
+            local,
+            mesh=self.sharding.mesh,
+            in_specs=(heads, array_specs(w, P(self.heads_axis, None))),
+            out_specs=heads,
+            check_vma=False,
+        )(x, w)
