@@ -130,7 +130,9 @@ def compute_grid(
         if global_scale is None:
             largest = jnp.max(amax, axis=(-2, -1), keepdims=True)
             divisor = ELEMENTS["float8_e4m3fn"].max * element.max / _at_least_tiny(largest)
-            # The reciprocal of a float32 divisor, so that exporters that store the divisor round-trip.
+            # The reciprocal of a float32 divisor, so that exporters that store the divisor round-trip; the
+            # barrier keeps XLA from simplifying 1 / (a / b) to b / a, which is no float's reciprocal.
+            divisor = jax.lax.optimization_barrier(divisor)
             global_scale = jnp.where(largest == 0, 1.0, 1.0 / divisor)
         scale = scale / global_scale
     return Grid(_store_scale(scale, amax, format.scale_dtype), global_scale=global_scale)
