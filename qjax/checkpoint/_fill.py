@@ -273,7 +273,7 @@ def _check_groups(format: QFormat, shape: tuple[int, ...]) -> None:
         raise ValueError(f"groups of {bk} must divide K = {shape[-1]} (weight {list(shape)})")
 
 
-def _all_parts(parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _all_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
     names = ("qvalue", "scale", "zero_point", "minimum", "global_scale", "column_perm")
     return {name: parts.get(name) for name in names}
 
