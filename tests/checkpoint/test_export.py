@@ -174,7 +174,7 @@ def test_only_one_tensor_is_on_the_host_at_a_time(tmp_path, monkeypatch):
     alive, most = [0], [0]
     make = _export._write
 
-    def counting(writer, units, title):
+    def counting(writer, units, *rest):
         for unit in units:
             original = unit.make
 
@@ -184,7 +184,7 @@ def test_only_one_tensor_is_on_the_host_at_a_time(tmp_path, monkeypatch):
                 return arrays
 
             object.__setattr__(unit, "make", tracked)
-        make(writer, units, title)
+        make(writer, units, *rest)
 
     monkeypatch.setattr(_export, "_write", counting)
     model = build(SMALL, linear_recipe(SCHEMES["W4A16"]))
@@ -219,7 +219,7 @@ class Experts(nnx.Module):
         first = path if stacked else f"experts.0.{name}"
         context = nn.Context({first: spec}, "bfloat16", self.sharding)
         layer = nn.ExpertLinear(
-            4, 64, 32, path, context, use_bias=True, stacked_in_checkpoint=stacked,
+            4, 64, 32, path, context, use_bias=True, stacked_in_checkpoint=stacked, transposed_in_checkpoint=stacked,
             expert_axis=self.sharding.axis("expert", 4),
         )  # fmt: skip
         self.experts = nnx.Dict({name: layer})
