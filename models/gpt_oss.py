@@ -240,3 +240,79 @@ class Model(CausalLM):
             decoder, config.vocab_size, config.hidden_size, config.tie_word_embeddings, context
         )
         self.config = config
+
+
+def hf_config(original: Mapping[str, Any]) -> dict[str, Any]:
+    """Hugging Face's config.json for the config.json of OpenAI's original layout (MXFP4 experts).
+
+    Raises:
+        ValueError: If a field is missing or malformed.
+    """
+    f = Fields(original)
+    length, factor = f.integer("initial_context_length"), f.number("rope_scaling_factor")
+    slow, fast = f.number("rope_ntk_alpha"), f.number("rope_ntk_beta")
+    renamed = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+    rope = ("initial_context_length", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
+    return {
+        **{renamed.get(k, k): v for k, v in original.items() if k not in rope},
+        "model_type": "gpt_oss",
+        "max_position_embeddings": int(length * factor),
+        "rope_scaling": _DEFAULT_ROPE
+        | {
+            "factor": factor,
+            "beta_fast": fast,
+            "beta_slow": slow,
+            "original_max_position_embeddings": length,
+        },
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    }
+
+
+_ORIGINAL_LAYER_NAMES = {
+    "input_layernorm.weight": "attn.norm.scale",
+    "self_attn.sinks": "attn.sinks",
+    "self_attn.o_proj.weight": "attn.out.weight",
+    "self_attn.o_proj.bias": "attn.out.bias",
+    "post_attention_layernorm.weight": "mlp.norm.scale",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.router.bias": "mlp.gate.bias",
+    "mlp.experts.gate_up_proj_blocks": "mlp.mlp1_weight.blocks",
+    "mlp.experts.gate_up_proj_scales": "mlp.mlp1_weight.scales",
+    "mlp.experts.gate_up_proj_bias": "mlp.mlp1_bias",
+    "mlp.experts.down_proj_blocks": "mlp.mlp2_weight.blocks",
+    "mlp.experts.down_proj_scales": "mlp.mlp2_weight.scales",
+    "mlp.experts.down_proj_bias": "mlp.mlp2_bias",
+}
+
+
+def original_names(config: Config) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """{Hugging Face tensor name: (name in OpenAI's original layout, its rows)}; None is all rows.
+
+    Queries, keys and values are rows of one tensor there; all other tensors are the same under
+    another name.
+    """
+    names: dict[str, tuple[str, tuple[int, int] | None]] = {
+        "model.embed_tokens.weight": ("embedding.weight", None),
+        "model.norm.weight": ("norm.scale", None),
+        "lm_head.weight": ("unembedding.weight", None),
+    }
+    queries = config.num_attention_heads * config.head_dim
+    keys = queries + config.num_key_value_heads * config.head_dim
+    values = keys + config.num_key_value_heads * config.head_dim
+    rows = {"q_proj": (0, queries), "k_proj": (queries, keys), "v_proj": (keys, values)}
+    for i in range(config.num_hidden_layers):
+        layer, block = f"model.layers.{i}", f"block.{i}"
+        for ours, theirs in _ORIGINAL_LAYER_NAMES.items():
+            names[f"{layer}.{ours}"] = (f"{block}.{theirs}", None)
+        for name, cut in rows.items():
+            for part in ("weight", "bias"):
+                names[f"{layer}.self_attn.{name}.{part}"] = (f"{block}.attn.qkv.{part}", cut)
+    return names

@@ -99,11 +99,7 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attention output and the layer's updated cache."""
         b, t = x.shape[:2]
-        if self.q_a_proj is None:
-            query = self.q_proj(x)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.reshape(b, t, self.num_heads, -1)
+        query = self._queries(x).reshape(b, t, self.num_heads, -1)
         compressed = self.kv_a_proj_with_mqa(x)
         latent = self.kv_a_layernorm(compressed[..., : self.rank])
         cos, sin = self.rope.angles(tokens.positions, tokens.lengths)
@@ -113,6 +109,13 @@ class LatentAttention(nnx.Module):
         attention = self._expanded if cache is None else self._absorbed
         out, cache = attention(query, rotated_query, latent, rotated_key, tokens, cache)
         return self.o_proj(out.reshape(b, t, -1)), cache
+
+    def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T q"]:
+        if self.q_proj is not None:
+            return self.q_proj(x)
+        assert self.q_a_proj is not None and self.q_b_proj is not None
+        assert self.q_a_layernorm is not None
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
     def _expanded(self, query, rotated_query, latent, rotated_key, tokens, cache):
         """Every head's own keys and values: fewer operations per logit, nothing to cache."""

@@ -1,0 +1,113 @@
+"""Grouped products against a loop over experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.formats import ActivationFormat, qformat
+from qjax.ops import ragged_dot
+from qjax.quantization import quantize, quantize_activation
+
+E, N, K = 4, 24, 64
+SIZES = np.array([5, 0, 7, 3])
+ROWS = 19  # the last four belong to no expert
+
+
+def _arrays(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    lhs = jax.random.normal(keys[0], (ROWS, K))
+    rhs = jax.random.normal(keys[1], (E, N, K)) / 8
+    return lhs, rhs, jax.random.normal(keys[2], (E, N))
+
+
+def _loop(lhs, rhs, bias=None, sizes=SIZES):
+    out = np.zeros((lhs.shape[0], rhs.shape[1]), np.float64)
+    start = 0
+    for e, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        out[rows] = np.asarray(lhs[rows], np.float64) @ np.asarray(rhs[e], np.float64).T
+        if bias is not None:
+            out[rows] += np.asarray(bias[e], np.float64)
+        start += size
+    return out
+
+
+def _max_error(y, want):
+    return float(np.abs(np.asarray(y, np.float64) - want).max())
+
+
+@pytest.mark.parametrize(
+    "format", [None, "int4_1x32", "int4_1x32_asym", "mxfp4", "nvfp4", "fp8_e4m3_128x128"]
+)
+def test_equals_a_loop_over_experts(format):
+    lhs, rhs, bias = _arrays()
+    w = rhs if format is None else quantize(rhs, format)
+    plain = rhs if format is None else w.dequantize()
+    y = jax.jit(ragged_dot)(lhs, w, jnp.asarray(SIZES), bias=bias)
+    assert y.shape == (ROWS, N) and y.dtype == jnp.float32
+    assert _max_error(y, _loop(lhs, plain, bias)) < 2e-5
+    assert np.all(np.asarray(y[SIZES.sum() :]) == 0)
+
+
+@pytest.mark.parametrize("sizes", [[0, 0, 0, 0], [ROWS, 0, 0, 0], [0, 0, 0, ROWS], [1, 1, 1, 1]])
+def test_any_group_sizes(sizes):
+    lhs, rhs, _ = _arrays(1)
+    for w in (rhs, quantize(rhs, "int8_channel")):
+        plain = w if w is rhs else w.dequantize()
+        y = ragged_dot(lhs, w, jnp.asarray(sizes))
+        assert _max_error(y, _loop(lhs, plain, sizes=sizes)) < 2e-5
+
+
+def test_activation_format_and_quantized_lhs_agree():
+    lhs, rhs, _ = _arrays(2)
+    w = quantize(rhs, "fp8_e4m3_128x128")
+    activation = ActivationFormat(qformat("fp8_e4m3_1x128"), amax_min=1e-4)
+    quantized = quantize_activation(lhs, activation)
+    want = _loop(quantized.dequantize(), w.dequantize())
+    sizes = jnp.asarray(SIZES)
+    assert _max_error(ragged_dot(lhs, w, sizes, activation_format=activation), want) < 2e-5
+    assert _max_error(ragged_dot(quantized, w, sizes), want) < 2e-5
+    assert np.abs(want - _loop(lhs, w.dequantize())).max() > 1e-3
+
+
+def test_static_scale_per_expert():
+    lhs, rhs, _ = _arrays(3)
+    w = quantize(rhs, "fp8_e4m3_tensor")
+    activation = ActivationFormat(qformat("fp8_e4m3_tensor"), static=True)
+    scales = jnp.array([0.01, 0.02, 0.005, 0.001])
+    values, start = np.zeros_like(lhs), 0
+    for e, size in enumerate(SIZES):
+        rows = lhs[start : start + size]
+        if size:
+            q = quantize_activation(rows, activation, scale=scales[e])
+            values[start : start + size] = q.dequantize()
+        start += size
+    y = ragged_dot(
+        lhs, w, jnp.asarray(SIZES), activation_format=activation, activation_scale=scales
+    )
+    assert _max_error(y, _loop(values, w.dequantize())) < 2e-5
+
+
+def test_gradient_flows_through_quantized_weights():
+    lhs, rhs, _ = _arrays(4)
+    w, sizes = quantize(rhs, "int4_1x32"), jnp.asarray(SIZES)
+    cotangent = jax.random.normal(jax.random.key(9), (ROWS, N))
+    dx = jax.grad(lambda x: jnp.sum(ragged_dot(x, w, sizes) * cotangent))(lhs)
+    want = _loop(cotangent, jnp.swapaxes(w.dequantize(), 1, 2))
+    assert _max_error(dx, want) < 2e-5
+    activation = ActivationFormat(qformat("int8_channel"))
+    straight = jax.grad(
+        lambda x: jnp.sum(ragged_dot(x, w, sizes, activation_format=activation) * cotangent)
+    )(lhs)
+    assert _max_error(straight, want) < 2e-5
+
+
+def test_refuses_wrong_shapes():
+    lhs, rhs, _ = _arrays()
+    with pytest.raises(
+        ValueError, match=r"ragged_dot: needs lhs .* found \[19, 64\], \[4, 24, 64\], \[3\]"
+    ):
+        ragged_dot(lhs, rhs, jnp.zeros((3,), jnp.int32))
+    with pytest.raises(ValueError, match="ragged_dot"):
+        ragged_dot(lhs[:, :32], rhs, jnp.asarray(SIZES))
