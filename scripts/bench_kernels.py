@@ -8,7 +8,6 @@ Needs a Hopper GPU. Prints one table and appends a JSON line for each case.
 import argparse
 import dataclasses
 import datetime
-import logging
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from qjax.pallas_kernels.fp8_quantize_sm90 import (
 )
 from qjax.pallas_kernels.fp8_rowwise_gemm_sm90 import fp8_rowwise_gemm
 from qjax.pallas_kernels.int4_mixed_gemm_sm90 import int4_mixed_gemm
+from qjax.pallas_kernels.paged_attention_fp8_sm90 import paged_decode_attention
 
 ROOT = Path(__file__).parents[1]
 DEEPSEEK_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
@@ -36,7 +36,7 @@ LLAMA_NK = ((4096, 4096), (28672, 4096), (8192, 8192))
 INT4_NK = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192))
 TOKENS = (1, 16, 64, 128, 256, 4096)
 
-log = logging.getLogger("bench_kernels")
+DECODE = tuple((b, context) for context in (1024, 8192, 32768) for b in (1, 16, 64, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,51 @@ def int4_case(m: int, n: int, k: int, group: int) -> Case:
     )
 
 
+def decode_case(batch: int, context: int) -> Case:
+    """Decode attention of Llama-3.1-8B's shape over a full FP8 cache of shuffled pages, random data."""
+    q_heads, kv_heads, dim, page = 32, 8, 128, 64
+    keys = jax.random.split(jax.random.key(batch + context), 4)
+    pages = batch * context // page
+    query = jax.random.normal(keys[0], (batch, q_heads, dim), jnp.bfloat16)
+    shape = (pages, kv_heads, page, dim)
+    pools = [
+        jax.random.normal(key, shape, jnp.bfloat16).astype(jnp.float8_e4m3fn) for key in keys[1:3]
+    ]
+    table = jax.random.permutation(keys[3], pages).reshape(batch, -1).astype(jnp.int32)
+    lengths = jnp.full((batch,), context, jnp.int32)
+    ones = jnp.ones((kv_heads,), jnp.float32)
+
+    def error(out):
+        def one(q, row):  # sequence by sequence: the float32 cache of all would not fit
+            k, v = (jnp.moveaxis(p[row], 2, 1).reshape(context, kv_heads, dim) for p in pools)
+            q = q.astype(jnp.float32).reshape(kv_heads, -1, dim)
+            highest = jax.lax.Precision.HIGHEST
+            logits = jnp.einsum("kgh,skh->kgs", q, k.astype(jnp.float32), precision=highest)
+            weights = jax.nn.softmax(logits * dim**-0.5, axis=-1)
+            return jnp.einsum("kgs,skh->kgh", weights, v.astype(jnp.float32), precision=highest)
+
+        expected = jax.lax.map(lambda a: one(*a), (query, table))
+        return relative_error(out, expected.reshape(out.shape))
+
+    return Case(
+        op="paged_attention",
+        format="fp8_e4m3_tensor",
+        shape={
+            "batch": batch,
+            "context": context,
+            "q_heads": q_heads,
+            "kv_heads": kv_heads,
+            "head_dim": dim,
+        },
+        fn=jax.jit(lambda *args: paged_decode_attention(*args, key_scale=ones, value_scale=ones)),
+        args=(query, *pools, table, lengths),
+        error=error,
+        flops=4.0 * batch * q_heads * context * dim,
+        nbytes=2.0 * batch * context * kv_heads * dim + 4.0 * query.size,
+        unit="bf16",
+    )
+
+
 def quantize_case(op: str, m: int, k: int) -> Case:
     """An activation quantizer on random data."""
     x = jax.random.normal(jax.random.key(m + k), (m, k), jnp.bfloat16)
@@ -185,6 +230,8 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
             for group in (128, 32)
             for m in tokens
         ]
+    if "paged_attention" in ops:
+        makers += [lambda b=b, context=context: decode_case(b, context) for b, context in DECODE]
     for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
         if op in ops:
             makers += [
@@ -199,6 +246,7 @@ OPS = (
     "fp8_block_gemm",
     "fp8_rowwise_gemm",
     "int4_mixed_gemm",
+    "paged_attention",
     "fp8_quantize_1x128",
     "fp8_quantize_per_token",
 )

@@ -81,7 +81,7 @@ def test_peers_are_found_by_op_format_and_shape():
 
 def test_every_case_has_a_maker():
     makers = bench.cases(bench.OPS, (1, 16))
-    assert len(makers) == 2 * (6 + 9 + 2 * 5 + 3 + 3)
+    assert len(makers) == 2 * (6 + 9 + 2 * 5 + 3 + 3) + 12
 
 
 def test_an_int4_products_record(on_cpu):
@@ -92,6 +92,13 @@ def test_an_int4_products_record(on_cpu):
     assert record.format == "int4_1x64"
     expected_bytes = 128 * 128 + 2 * (4 * 256 + 4 * 128 + 128 * 4)
     assert record.gb_s == pytest.approx(expected_bytes / 10 * 1e-3)
+
+
+def test_a_decode_steps_record(on_cpu):
+    with testing.interpret(detect_races=False):
+        record = bench.measure(bench.decode_case(1, 64), CEILINGS, {}, STAMP, calls=3)
+    assert 0 < record.error <= 3e-3
+    assert record.gb_s == pytest.approx((2 * 64 * 8 * 128 + 4 * 32 * 128) / 10 * 1e-3)
 
 
 def test_it_refuses_to_run_without_a_gpu():

@@ -47,7 +47,8 @@ def reference(x, x_scale, w, w_scale, bias=None):
         w_scale = np.repeat(np.repeat(w_scale, 128, axis=0), 128, axis=1)[:n, :k]
     else:
         x_scale, w_scale = x_scale[:, None], w_scale[:, None]
-    out = (np.asarray(x, np.float32) * x_scale) @ (np.asarray(w, np.float32) * w_scale).T
+    left, right = np.asarray(x, np.float32) * x_scale, np.asarray(w, np.float32) * w_scale
+    out = np.asarray(jnp.matmul(left, right.T, precision="highest"))
     return out if bias is None else out + np.asarray(bias, np.float32)
 
 
@@ -203,12 +204,10 @@ def test_bad_arguments_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 7, 16, 63, 64, 128, 129, 300, 4096])
+@pytest.mark.parametrize("m", [1, 7, 63, 129, 300, 4096])
 @pytest.mark.parametrize(("n", "k"), [*DEEPSEEK, (576, 7168), (2112, 512), (7168, 18432)])
 def test_gpu_matches_the_reference(m, n, k):
     for op, scaling in ((fp8_block_gemm, "block"), (fp8_rowwise_gemm, "row")):
         *args, bias = operands(m, n, k, scaling=scaling, seed=m)
         out = jax.jit(op)(*args, bias=bias)
-        with jax.default_matmul_precision("highest"):
-            expected = reference(*args, bias)
-        assert relative_error(out, expected) <= TOLERANCE
+        assert relative_error(out, reference(*args, bias)) <= TOLERANCE

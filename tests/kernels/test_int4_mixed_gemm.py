@@ -40,7 +40,8 @@ def reference(x, codes, scale, zero_point, bias):
     if zero_point is not None:
         q -= np.repeat(np.asarray(zero_point, np.float32), group, axis=1)
     w = q * np.repeat(scale, group, axis=1)
-    return np.asarray(x, np.float32) @ w.T + np.asarray(bias, np.float32)
+    product = jnp.matmul(np.asarray(x, np.float32), w.T, precision="highest")
+    return np.asarray(product) + np.asarray(bias, np.float32)
 
 
 def relative_error(out, expected):
