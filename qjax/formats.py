@@ -78,7 +78,7 @@ class QFormat:
         offset: None (symmetric), "zero_point" (integer, in q's units) or "minimum" (in w's units).
         global_scale: Whether one more float32 multiplier covers the whole (N, K) matrix (NVFP4).
         scale_rule: "amax" maps a block's amax to the grid's end; "mx" floors its exponent as the
-            Microscaling formats do, after rounding amax at the element's precision.
+            Microscaling formats do, after rounding amax up from 1.75 * 2**e.
         storage: "plain" (one array item per element) or "packed" (uint8: a little-endian bit stream
             along K; integer codes biased by 2**(bits-1), float4 codes raw).
 

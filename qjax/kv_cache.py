@@ -101,7 +101,9 @@ def create(
         max_len: Tokens per sequence, rounded up to whole pages.
         layers: Shape of each layer.
         format: Storage of the pages.
-        scales: (key, value) scales per layer and head [K] of a format with loaded scales; default 1.
+        scales: (key, value) scales per layer and head [K] as checkpoints have them, amax / 448; default 1.
+            E5M2 takes none. NVFP4's global scale is a sixth of them, but 1 where they are 1 (not
+            calibrated).
         page_size: Tokens per page, a multiple of 8.
         sharding: Mesh and rules: pages are cut over batch and heads.
 
@@ -137,8 +139,10 @@ def _pool(shape: tuple[int, ...], format: KVCacheFormat, scale: Array | None) ->
     f = page_format(format)
     if f is None:
         return jnp.zeros(shape, format.element)
-    if scale is None:
+    if scale is None or format.element == "float8_e5m2":
         scale = jnp.ones((shape[1],), jnp.float32)
+    if f.global_scale:
+        scale = jnp.where(scale == 1, 1.0, scale / 6)
     scale = jnp.broadcast_to(scale.reshape(1, -1, 1, 1), (*shape[:2], 1, 1))
     if f.global_scale:
         zeros = jnp.zeros(f.scale_shape(shape), f.scale_dtype)

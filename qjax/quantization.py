@@ -125,7 +125,7 @@ def compute_grid(
     if format.scale_rule == "mx":
         return Grid(_microscale(amax, element))
     half_range = element.max if element.is_float else (element.max - element.min) / 2
-    scale = amax / half_range
+    scale = _divide(amax, jnp.float32(half_range))
     if format.global_scale:
         if global_scale is None:
             largest = jnp.max(amax, axis=(-2, -1), keepdims=True)
@@ -134,7 +134,7 @@ def compute_grid(
             # barrier keeps XLA from simplifying 1 / (a / b) to b / a, which is no float's reciprocal.
             divisor = jax.lax.optimization_barrier(divisor)
             global_scale = jnp.where(largest == 0, 1.0, 1.0 / divisor)
-        scale = scale / global_scale
+        scale = _divide(scale, global_scale)
     return Grid(_store_scale(scale, amax, format.scale_dtype), global_scale=global_scale)
 
 
@@ -147,7 +147,7 @@ def round_to_grid(x: Array, format: QFormat, grid: Grid, *, rounding: Array | No
         scale = scale * grid.global_scale
     if grid.minimum is not None:
         x = x - expand_blocks(grid.minimum.astype(jnp.float32), x.shape, block)
-    q = x / scale
+    q = _divide(x, scale)
     if rounding is not None:
         q = q + rounding.astype(jnp.float32)
     if grid.minimum is not None:
@@ -254,7 +254,7 @@ def _asymmetric_grid(x: Array, format: QFormat) -> Grid:
     x = x.astype(jnp.float32)
     high = jnp.maximum(_reduce_blocks(x, format, jnp.max), 0.0)
     low = jnp.minimum(_reduce_blocks(x, format, jnp.min), 0.0)
-    scale = (high - low) / (2**format.bits - 1)
+    scale = _divide(high - low, jnp.float32(2**format.bits - 1))
     scale = _store_scale(scale, high - low, format.scale_dtype)
     if format.offset == "minimum":
         return Grid(scale, minimum=low.astype(format.scale_dtype))
@@ -300,20 +300,28 @@ def _power_of_two(scale: Array) -> Array:
 
 
 def _microscale(amax: Array, element: Element) -> Array:
-    """Microscaling's block scale: 2**(floor(log2(amax)) - emax), amax first rounded at the element's precision.
+    """Microscaling's block scale: 2**(floor(log2(amax)) - emax), amax first rounded up from 1.75 * 2**e.
 
-    That rounding (compressed-tensors', half an ulp of the element added before the mantissa is dropped)
-    moves an amax which would round up past the grid's end into the next binade.
+    That rounding (compressed-tensors', for fp4 and fp8 alike) moves an amax beyond the grid's end, and
+    for fp4 one that would round up to it, into the next binade.
     """
-    assert element.mantissa_bits is not None
     bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
-    half_ulp = 1 << (23 - element.mantissa_bits - 1)
+    half_ulp = 1 << 21  # of a mantissa of one bit, in float32
     largest_exponent = (
         jax.lax.bitcast_convert_type(jnp.float32(element.max), jnp.int32) >> 23
     ) - 127
     code = jnp.clip(((bits + half_ulp) >> 23) - largest_exponent, 1, 254)
     code = jnp.where(amax == 0, 127, jnp.where(jnp.isnan(amax), 255, code))
     return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), jnp.float8_e8m0fnu)
+
+
+def _divide(x: Array, divisor: Array) -> Array:
+    """x / divisor, correctly rounded as exporters have it.
+
+    XLA turns a division by a broadcast value into a product with its reciprocal, one ulp off for every
+    fourth value and on the other side of ties; the barrier hides the broadcast.
+    """
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
 
 
 def _at_least_tiny(x: Array) -> Array:

@@ -184,9 +184,8 @@ def calibrate_kv_scales(
     Raises:
         ValueError: If the format has no loaded scales.
     """
-    if not format.quantized or format.scale == "token_head":
+    if format.element not in ("float8_e4m3fn", "nvfp4") or format.scale == "token_head":
         raise ValueError(f"calibrate_kv_scales: {format} has no scales to calibrate")
-    largest = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "nvfp4": 6.0 * 448.0}[format.element]
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -208,4 +207,4 @@ def calibrate_kv_scales(
             repeat = value.shape[0] // variable.get_value().shape[0]
             heads = value[::repeat]
             heads = heads if format.scale == "head" else jnp.full_like(heads, jnp.max(heads))
-            variable.set_value(jnp.maximum(heads, 1e-6) / largest)
+            variable.set_value(jnp.maximum(heads, 1e-6) / 448)

@@ -146,8 +146,7 @@ def test_kv_scales_fit_the_largest_key_and_value(name):
     cache = model.init_cache(16, 32, kv_cache_format("float32"))
     _, cache = model(jnp.asarray(ids), cache)
     keys = np.abs(np.asarray(cache.layers[1].key))
-    end = 6 * 448.0 if name == "nvfp4" else 448.0
-    heads = keys.max(axis=(0, 2, 3))
-    expected = heads / end if name.endswith("head") else np.full(4, heads.max() / end)
+    heads = keys.max(axis=(0, 2, 3)) / 448
+    expected = heads if name.endswith("head") else np.full(4, heads.max())
     found = model.model.layers[1].self_attn.k_scale.get_value()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
