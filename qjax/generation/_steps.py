@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +51,17 @@ class Steps:
         self._rows_axis = model.sharding.axis("batch", 1 if mesh is None else mesh.size)
         self.data_shards = model.sharding.size(self._rows_axis)
         self._replicated = None
-        options = {}
+        options: dict[str, Any] = {}
+        if jax.default_backend() == "cpu":
+            # XLA's scheduler for concurrency dequantizes all weights before it uses the first: 540 MB instead
+            # of 113 for 135M parameters, and half the speed, which goes into page faults.
+            scheduler = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+            options["compiler_options"] = scheduler
         if mesh is not None:
             self._replicated = NamedSharding(mesh, PartitionSpec())
             # What one step returns must lie as the next one was compiled for.
             shardings = jax.tree.map(lambda a: a.sharding, self.new_slots(self.data_shards, 1))
-            options = {"out_shardings": (shardings, self._replicated)}
+            options["out_shardings"] = (shardings, self._replicated)
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1, **options)
         self._decode = jax.jit(self._traced_decode, donate_argnums=1, **options)
 
