@@ -41,18 +41,23 @@ def run(
     """
     state = _Schedule(steps, sequences, batch, max_len, prefill_chunk)
     in_flight: collections.deque[tuple[Array, Owners]] = collections.deque()
-    while state.unfinished:
-        admitted = state.admit()
-        stepped = state.step()
-        in_flight.extend(work for work in (admitted, stepped) if work is not None)
-        while len(in_flight) > (stepped is not None):
-            tokens, owners = in_flight.popleft()
-            drawn = np.asarray(tokens)
-            for row, sequence in owners:
-                if sequence.finish_reason is None:
-                    yield sequence.push(int(drawn[row]))
-                    if sequence.finish_reason is not None:
-                        state.free(row)
+    try:
+        while state.unfinished:
+            admitted = state.admit()
+            stepped = state.step()
+            in_flight.extend(work for work in (admitted, stepped) if work is not None)
+            while len(in_flight) > (stepped is not None):
+                tokens, owners = in_flight.popleft()
+                drawn = np.asarray(tokens)
+                for row, sequence in owners:
+                    if sequence.finish_reason is None:
+                        yield sequence.push(int(drawn[row]))
+                        if sequence.finish_reason is not None:
+                            state.free(row)
+    finally:
+        # A process must not end while the device works on a step that nobody waits for.
+        for tokens, _ in in_flight:
+            tokens.block_until_ready()
 
 
 class _Schedule:
