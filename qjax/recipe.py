@@ -4,11 +4,16 @@ The preset names are the words of compressed-tensors' schemes (W4A16, FP8_DYNAMI
 """
 
 import dataclasses
+import functools
+import logging
+import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from qjax.formats import WHOLE, ActivationFormat, QFormat, integer_format, qformat
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +158,46 @@ class Recipe:
                 f"({len(modules)} modules, e.g. {examples}); fix the target or remove it"
             )
         return specs
+
+
+SMALLEST_GROUP = 16
+"""Groups that `fit_group` makes smaller than asked for are no smaller than this."""
+
+
+def fit_group(spec: QuantSpec, k: int, path: str) -> QuantSpec:
+    """The spec with the largest group that divides both the one asked for and K.
+
+    Group sizes such as 128 do not divide every model's K (576 = 4.5 * 128): such a module gets a smaller
+    group, as its format can state, and one log line says so. Groups that belong to the format
+    (MXFP4's 32, NVFP4's 16) stay.
+
+    Args:
+        spec: The quantization asked for.
+        k: Columns of the module's weight.
+        path: The module's name, for messages.
+
+    Raises:
+        ValueError: If no group of at least 16 columns does, or a fixed group does not divide K.
+    """
+    format = spec.weights
+    if format is None or format.block_shape[0] != 1 or format.block_shape[1] in (1, WHOLE):
+        return spec
+    asked = format.block_shape[1]
+    group = math.gcd(asked, k)
+    if group == asked:
+        return spec
+    if format.spec.is_float or group < SMALLEST_GROUP:
+        raise ValueError(
+            f"{path}: no group of {asked} columns, or a divisor of at least {SMALLEST_GROUP}, divides "
+            f"K = {k}; ignore the module or use a channel scheme"
+        )
+    _log_group(asked, k, group)
+    return dataclasses.replace(spec, weights=dataclasses.replace(format, block_shape=(1, group)))
+
+
+@functools.cache
+def _log_group(asked: int, k: int, group: int) -> None:
+    _log.info("groups of %d do not divide K = %d: groups of %d there", asked, k, group)
 
 
 def _token(name: str, **bounds) -> ActivationFormat:

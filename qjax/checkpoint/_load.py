@@ -20,6 +20,7 @@ from qjax.nn import (
     modules,
     quantizable,
 )
+from qjax.nn import resolve as resolve_recipe
 from qjax.qarray import QArray
 from qjax.recipe import KVCacheFormat, QuantSpec, Recipe, kv_cache_format
 from qjax.recipe import recipe as named_recipe
@@ -167,8 +168,8 @@ def _plan(
     build = functools.partial(
         module.Model, config, dtype=dtype, sharding=sharding, implementation=implementation
     )
-    kinds = quantizable(build())
-    groups = checkpoint.groups(kinds)
+    plain = build()
+    groups = checkpoint.groups(quantizable(plain))
     if recipe is None:
         specs = {
             path: dataclasses.replace(group.spec, weights=checkpoint.format(path, group))
@@ -179,7 +180,7 @@ def _plan(
         used = Recipe() if stored is None else stored.recipe
     else:
         used = named_recipe(recipe) if isinstance(recipe, str) else recipe
-        specs = used.resolve(kinds)
+        specs = resolve_recipe(used, plain)
     model = build(specs=specs)
     _check_experts(model, specs)
     unused = frozenset(getattr(module.Model, "unused_tensor_names", lambda _: ())(config))

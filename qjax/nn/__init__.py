@@ -1,7 +1,7 @@
 """Flax NNX layers over plain and quantized weights, sharded by rules."""
 
 from qjax.nn._attention import Attention, HeadSharding, Tokens, attend
-from qjax.nn._causal_lm import CausalLM, Decoder, quantizable
+from qjax.nn._causal_lm import CausalLM, Decoder, quantizable, resolve
 from qjax.nn._latent_attention import LatentAttention
 from qjax.nn._linear import Embedding, Linear, RMSNorm, sharded_dot
 from qjax.nn._mlp import GatedMLP
@@ -46,6 +46,7 @@ __all__ = [
     "initialize",
     "modules",
     "quantizable",
+    "resolve",
     "route",
     "sharded_dot",
     "yarn_mscale",

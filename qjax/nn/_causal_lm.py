@@ -14,7 +14,7 @@ from qjax.nn._attention import Tokens
 from qjax.nn._linear import Embedding, Linear, RMSNorm
 from qjax.nn._moe import ExpertLinear
 from qjax.nn._params import Context, modules
-from qjax.recipe import KVCacheFormat, QuantSpec
+from qjax.recipe import KVCacheFormat, QuantSpec, Recipe, fit_group
 from qjax.registry import model_module
 
 
@@ -128,6 +128,22 @@ class CausalLM(nnx.Module):
             page_size=page_size,
             sharding=self.sharding,
         )
+
+
+def resolve(recipe: Recipe, model: nnx.Module) -> dict[str, QuantSpec]:
+    """{path: quantization} of a model's modules under a recipe, groups fitted to each module's K.
+
+    Raises:
+        ValueError: As `Recipe.resolve` and `qjax.recipe.fit_group` do.
+    """
+    columns = {}
+    for path, module in modules(model):
+        if isinstance(module, Linear | Embedding | ExpertLinear):
+            k = module.weight.get_value().shape[-1]
+            stacked = isinstance(module, ExpertLinear)
+            columns |= dict.fromkeys(module.checkpoint_paths(path) if stacked else [path], k)
+    specs = recipe.resolve(quantizable(model))
+    return {path: fit_group(spec, columns[path], path) for path, spec in specs.items()}
 
 
 def quantizable(model: nnx.Module) -> Mapping[str, str]:
