@@ -13,6 +13,14 @@ _OWN_FILES = {"config.json", "quantize_config.json", "quantization_config.json",
               "hf_quant_config.json", "recipe.yaml"}  # fmt: skip
 _CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ""}
 
+# What other loaders choose their model class by, which a GGUF file does not say.
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
 
 @contextlib.contextmanager
 def new_folder(directory: Path, *, overwrite: bool) -> Iterator[Path]:
@@ -67,6 +75,8 @@ def write_config(
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
     # transformers 4 and the older loaders know only the longer name.
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if "architectures" not in config and config.get("model_type") in _ARCHITECTURES:
+        config["architectures"] = [_ARCHITECTURES[config["model_type"]]]
     if quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

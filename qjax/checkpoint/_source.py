@@ -66,7 +66,8 @@ class Source:
             tokenizer = Tokenizer.load(self.files)
             _write_tokenizer(tokenizer, directory)
             ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.eos_ids)}
-            generation = {k: v for k, v in ends.items() if v not in (None, [])} | generation
+            # The tokenizer knows every end token, the file's own fields only one.
+            generation |= {k: v for k, v in ends.items() if v not in (None, [])}
         file = directory / "generation_config.json"
         if generation and not file.exists():
             _write_json(file, generation)

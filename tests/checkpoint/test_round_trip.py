@@ -12,6 +12,7 @@ from conftest import ROOT
 from qjax import checkpoint
 from qjax.qarray import QArray
 from qjax.sharding import Sharding, make_mesh
+from qjax.tokenizer import Tokenizer
 
 _FOLDERS = ROOT.parent / "shared" / "checkpoints"
 NAMES = sorted(f.parent.name for f in _FOLDERS.glob("*/config.json")) or ["none"]
@@ -77,10 +78,24 @@ def test_dequantized_export_loads_as_plain_weights(checkpoints_dir, tmp_path, na
         np.testing.assert_array_equal(plain[path], want, err_msg=path)
 
 
-def test_gguf_minimums_are_refused_and_dequantize(tmp_path):
+def test_gguf_minimums_are_refused(tmp_path):
     loaded = checkpoint.load(checkpoint.default_model_path(), progress=False)
     with pytest.raises(ValueError, match=r"no minimum per group .* requantize"):
         checkpoint.export(loaded.model, tmp_path / "x", source=loaded, progress=False)
+
+
+def test_gguf_model_becomes_a_folder_with_its_tokenizer(tmp_path):
+    source = checkpoint.default_model_path()
+    loaded = checkpoint.load(source, recipe="W4A16_G32", progress=False)
+    out = checkpoint.export(loaded.model, tmp_path / "x", source=loaded, progress=False)
+    again = checkpoint.load(out, progress=False)
+    assert_same_bits(again.model, loaded.model)
+    assert again.config["architectures"] == ["LlamaForCausalLM"]
+    was, now = Tokenizer.load(source), Tokenizer.load(again.tokenizer)
+    text = "Hello world 123 <|im_start|>user\n ünï 中文"
+    assert now.encode(text) == was.encode(text)
+    assert (now.bos_id, now.eos_ids) == (was.bos_id, was.eos_ids)
+    assert (now.chat_template, now.named_tokens) == (was.chat_template, was.named_tokens)
 
 
 @pytest.mark.parametrize("name", ["kimi_k2_int4_g32_experts_tiny", "gpt_oss_mxfp4_tiny_h192"])
