@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from qjax.tokenizer import _chat_template, _folder, _gguf
+from qjax.tokenizer._gguf_metadata import read_metadata
 from qjax.tokenizer._text_stream import TextStream
 
 
@@ -98,11 +99,7 @@ class Tokenizer:
         Raises:
             ValueError: If it has no tokenizer, or one that is not supported.
         """
-        from gguf import GGUFReader
-
-        fields = GGUFReader(os.fspath(path)).fields
-        metadata = {k: f.contents() for k, f in fields.items() if k.startswith("tokenizer.")}
-        return cls.from_gguf_metadata(metadata)
+        return cls.from_gguf_metadata(read_metadata(path, "tokenizer."))
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":

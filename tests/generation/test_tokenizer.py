@@ -9,11 +9,13 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 from hypothesis import given, settings
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from qjax.tokenizer import Tokenizer
+from qjax.tokenizer._gguf_metadata import read_metadata
 
 REFERENCES = Path(__file__).parents[1] / "references"
 SMOLLM2 = json.loads((REFERENCES / "smollm2.json").read_text())
@@ -319,6 +321,48 @@ def test_gguf_sentencepiece_merges_by_score_and_falls_back_to_bytes(text):
 def test_unsupported_gguf_tokenizers_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         gguf_byte_level("gpt-2", **change)
+
+
+def gguf_file(path: Path) -> Path:
+    writer = GGUFWriter(path, "llama")
+    writer.add_token_list(["a", "é", "<s>"])
+    writer.add_token_scores([0.5, -1.0, 0.0])
+    writer.add_token_types([1, 1, 3])
+    writer.add_bos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_array("nested", [[1, 2], [3]])
+    for name in ("uint8", "int8", "uint16", "int16", "int32", "uint64", "int64", "float64"):
+        getattr(writer, f"add_{name}")(name, 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_header_is_read_as_the_gguf_package_reads_it(tmp_path):
+    path = gguf_file(tmp_path / "m.gguf")
+    expected = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    got = read_metadata(path, "")
+    assert got.pop("nested") == [[1, 2], [3]]  # of which the package keeps no structure
+    assert got == {k: v for k, v in expected.items() if k != "nested" and not k.startswith("GGUF.")}
+    assert set(read_metadata(path, "tokenizer.ggml.b")) == {"tokenizer.ggml.bos_token_id"}
+
+
+def test_damaged_gguf_files_are_refused(tmp_path):
+    path = gguf_file(tmp_path / "m.gguf")
+    whole = path.read_bytes()
+    for content in (
+        b"",
+        b"GGML" + whole[4:],
+        whole[:40],
+        whole[:-3],
+        whole[:4] + b"\1" + whole[5:],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"m\.gguf: not a readable GGUF file: .*; fetch it again"
+        ):
+            Tokenizer.load(path)
 
 
 def test_exporters_folder(checkpoints_dir):
