@@ -240,7 +240,6 @@ def fp8_gemm(
         workers=workers,
         swizzle=_swizzle(k),
     )
-    body.__name__ = f"fp8_{scaling}_gemm"
     out = plgpu.kernel(
         body,
         out_type=out_type,
@@ -250,6 +249,7 @@ def fp8_gemm(
         cluster_names=("cluster",),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
+        kernel_name=f"fp8_{scaling}_gemm",
         scratch_types=_scratch(config, k, left.dtype, right.dtype, out_type.dtype, scaling),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(*operands.values())
@@ -425,6 +425,7 @@ def _kernel(
                 new_sums, product = [], None
                 for j, total in enumerate(sums):
                     piece = pl.ds(my_rows + 64 * j, 64)
+                    scales = None
                     if scaling == "block":
                         where = pl.ds(0, config.columns) if config.swap else piece
                         scales = plgpu.load(scale_smem.at[slot, where], layout=x_layout)
@@ -436,7 +437,7 @@ def _kernel(
                     )
                     if j == len(sums) - 1:
                         plgpu.barrier_arrive(empty.at[slot])
-                    if scaling == "block":
+                    if scales is not None:
                         part = part * lax.broadcast_in_dim(scales * scale, shape, [x_axis])
                     new_sums.append(lax.optimization_barrier(total + part))
                 return count + 1, tuple(new_sums)

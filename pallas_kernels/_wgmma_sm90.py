@@ -42,7 +42,7 @@ def fp8_product(left, right, *, swizzle: int, recycle: Array | None = None) -> A
         del ctx
         return emit(left, right, recycle)
 
-    product.interpret_impl = lambda left, right, *recycle: _reference(left, right)
+    product.interpret_impl = lambda left, right, *recycle: _reference(left, right)  # pyright: ignore[reportFunctionMemberAccess]
     ref = _tiled(left.dtype, swizzle)
     return _inline(product, (ref, ref), (left, right), recycle, right.shape[0])
 
@@ -67,9 +67,10 @@ def mixed_product(left: Array, right, *, first: int, recycle: Array | None = Non
         del ctx
         return emit(left, right, recycle)
 
-    product.interpret_impl = lambda left, right, *recycle: _reference(
-        left, right[:, first : first + k]
-    )
+    def reference(left, right, *recycle):
+        return _reference(left, right[:, first : first + k])
+
+    product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     arg_types = (plgpu.Layout.WGMMA, _tiled(left.dtype, 128))
     return _inline(product, arg_types, (left, right), recycle, right.shape[0])
 

@@ -122,7 +122,7 @@ def fp8_quantize_per_token(
         layout = plgpu.Layout.WG_STRIDED((k,), vec_size=vector)
         values = plgpu.load(x_gmem.at[row], layout=layout).astype(jnp.float32)
         scale = _scale(jnp.max(_finite_magnitude(values)), dtype, amax_min, amax_max)
-        q_gmem[row] = _round(values / scale, dtype)
+        q_gmem[row] = _round(_divide(values, jnp.broadcast_to(scale, values.shape)), dtype)
         scale_gmem[row] = scale
 
     return plgpu.kernel(
@@ -158,8 +158,13 @@ def _scale(amax: Array, dtype: DTypeLike, amax_min: float, amax_max: float | Non
         amax = jnp.maximum(amax, amax_min)
     if amax_max is not None:
         amax = jnp.minimum(amax, amax_max)
-    scale = amax / float(jnp.finfo(dtype).max)
+    scale = _divide(amax, jnp.full(amax.shape, float(jnp.finfo(dtype).max), jnp.float32))
     return jnp.where(amax == 0, 1.0, jnp.maximum(scale, float(jnp.finfo(jnp.float32).tiny)))
+
+
+def _divide(x: Array, divisor: Array) -> Array:
+    # Correctly rounded, as exporters divide: in interpret mode XLA would otherwise multiply by the reciprocal.
+    return x / lax.optimization_barrier(divisor)
 
 
 def _round(x: Array, dtype: DTypeLike) -> Array:
@@ -183,7 +188,6 @@ def _quantize_tiles(op, x, scale, dtype, amax_min, amax_max):
         dtype=dtype,
         bounds=(amax_min, amax_max),
     )
-    kernel.__name__ = op
     out = plgpu.kernel(
         kernel,
         out_type=codes if scale is not None else (codes, scales),
@@ -191,6 +195,7 @@ def _quantize_tiles(op, x, scale, dtype, amax_min, amax_max):
         grid_names=("row", "column"),
         num_threads=1,
         thread_name="wg",
+        kernel_name=op,
         scratch_types=dict(
             x_smem=plgpu.SMEM(
                 (tiles, 2, ROWS, HALF), x.dtype, transforms=(plgpu.SwizzleTransform(128),)
@@ -227,7 +232,7 @@ def _tiles_kernel(*refs, static, tiles, blocks, dtype, bounds, x_smem, q_smem, b
         halves = [plgpu.load(x_smem.at[t, half], layout=layout) for half in range(2)]
         halves = [h.astype(jnp.float32) for h in halves]
         if static:
-            scale = scale_gmem[0]
+            scale = jnp.broadcast_to(scale_gmem[0], (ROWS, HALF))
         else:
             amax = jnp.maximum(*(jnp.max(_finite_magnitude(h), axis=1) for h in halves))
             scale = _scale(amax, dtype, *bounds)
@@ -238,7 +243,7 @@ def _tiles_kernel(*refs, static, tiles, blocks, dtype, bounds, x_smem, q_smem, b
 
             scale = lax.broadcast_in_dim(scale, (ROWS, HALF), [0])
         for half in range(2):
-            q_smem[t, half] = _round(halves[half] / scale, dtype)
+            q_smem[t, half] = _round(_divide(halves[half], scale), dtype)
         plgpu.commit_smem()
         for half in range(2):
             plgpu.copy_smem_to_gmem(q_smem.at[t, half], q_gmem.at[rows, columns(first + t, half)])

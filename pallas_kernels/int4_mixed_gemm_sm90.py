@@ -270,7 +270,6 @@ def _launch(x, codes, scale, zero_point, bias, m, group_size, config: TileConfig
         group_size=group_size,
         counts=(row_tiles, column_tiles, pl.cdiv(k, config.depth), workers),
     )
-    body.__name__ = "int4_mixed_gemm"
     # A tiled TMA copy wants the array's columns in whole tiles.
     codes_swizzle = int(np.gcd(k // 2, config.depth // 2))
     out = plgpu.kernel(
@@ -280,6 +279,7 @@ def _launch(x, codes, scale, zero_point, bias, m, group_size, config: TileConfig
         grid_names=("worker",),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
+        kernel_name="int4_mixed_gemm",
         scratch_types=dict(
             codes_smem=plgpu.SMEM(
                 (config.stages, config.rows, config.depth // 2),
@@ -494,7 +494,7 @@ def dequantize(words: Array, dtype: DTypeLike, offsets: list[Array]) -> Array:
         offset = jnp.stack(offsets, axis=1).astype(jnp.float32)
         return (q - jnp.repeat(offset, shape[1] // len(offsets), axis=1)).astype(dtype)
 
-    emit.interpret_impl = reference
+    emit.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     return plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA_8BIT, *(row_layout for _ in offsets)),

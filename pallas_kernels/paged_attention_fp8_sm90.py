@@ -118,7 +118,7 @@ def paged_decode_attention(
     if splits is None:
         num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
         splits = choose_splits(batch, kv_heads, page_table.shape[1] * page_size, num_sms=num_sms)
-    scale = dim**-0.5 if scale is None else scale
+    scale = float(dim**-0.5 if scale is None else scale)
     # Rows of a TMA tile come in eights.
     rows = pl.cdiv(group, 8) * 8
     q = query.reshape(batch, kv_heads, group, dim).astype(jnp.float16)
@@ -131,7 +131,6 @@ def paged_decode_attention(
         window=sliding_window,
         page_size=page_size,
     )
-    body.__name__ = "paged_decode_attention"
     parts, log_sums = plgpu.kernel(
         body,
         out_type=(
@@ -142,6 +141,7 @@ def paged_decode_attention(
         grid_names=("split", "head", "sequence"),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
+        kernel_name="paged_decode_attention",
         scratch_types=_scratch(dim, page_size, key_pages.dtype),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(q, key_pages, value_pages, page_table, lengths, logit_scale)
@@ -153,14 +153,13 @@ def paged_decode_attention(
 def _combine(parts: Array, log_sums: Array, group: int, sinks: Array | None) -> Array:
     """The attention of all splits: float32 [B, K, G, H]."""
     parts, log_sums = parts[..., :group, :].astype(jnp.float32), log_sums[..., :group]
-    top = jnp.max(log_sums, axis=2, keepdims=True)
-    if sinks is not None:
-        logits = sinks.astype(jnp.float32).reshape(1, parts.shape[1], 1, group) * math.log2(math.e)
-        top = jnp.maximum(top, logits)
-    weights = jnp.exp2(log_sums - top)
+    if sinks is not None:  # a part of value zero
+        shape = (parts.shape[0], parts.shape[1], 1, group)
+        sink = sinks.astype(jnp.float32).reshape(1, parts.shape[1], 1, group) * math.log2(math.e)
+        log_sums = jnp.concatenate([log_sums, jnp.broadcast_to(sink, shape)], axis=2)
+        parts = jnp.concatenate([parts, jnp.zeros((*shape, parts.shape[-1]))], axis=2)
+    weights = jnp.exp2(log_sums - jnp.max(log_sums, axis=2, keepdims=True))
     total = jnp.sum(weights, axis=2)
-    if sinks is not None:
-        total = total + jnp.exp2(logits - top)[:, :, 0]
     out = jnp.sum(parts * weights[..., None], axis=2)
     # A sequence of no tokens: every part is masked, and its values are zeros.
     return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]

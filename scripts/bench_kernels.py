@@ -343,7 +343,7 @@ def render(records: Sequence[testing.BenchmarkRecord], ceilings: dict[str, float
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="kernels (default: all)")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="values of M")
     parser.add_argument("--calls", type=int, default=30, help="timed calls a case")

@@ -75,18 +75,12 @@ def plot_roofline(records: Sequence[BenchmarkRecord], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    points = [r for r in records if r.tflops and r.gb_s]
-    for op in sorted({r.op for r in points}):
-        mine = [r for r in points if r.op == op]
-        axes.scatter(
-            [1e3 * r.tflops / r.gb_s for r in mine], [r.tflops for r in mine], label=op, s=14
-        )
+    points = [(r, 1e3 * r.tflops / r.gb_s, r.tflops) for r in records if r.tflops and r.gb_s]
+    for op in sorted({r.op for r, _, _ in points}):
+        mine = [(x, y) for r, x, y in points if r.op == op]
+        axes.scatter([x for x, _ in mine], [y for _, y in mine], label=op, s=14)
     # A case's fraction is of the nearer ceiling, so rate over fraction lies on the roof.
-    roof = sorted(
-        (1e3 * r.tflops / r.gb_s, r.tflops / r.ceiling_fraction)
-        for r in points
-        if r.ceiling_fraction
-    )
+    roof = sorted((x, y / r.ceiling_fraction) for r, x, y in points if r.ceiling_fraction)
     if roof:
         axes.plot(*zip(*roof, strict=True), color="black", linewidth=1, label="measured ceilings")
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s")
@@ -102,7 +96,7 @@ def plot_roofline(records: Sequence[BenchmarkRecord], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables, writes the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines files of benchmark records")
     parser.add_argument("--plot", type=Path, help="where to write the roofline plot")
     arguments = parser.parse_args(argv)

@@ -133,9 +133,11 @@ def _interpret_inline_reference(self, eqn, token, get_invals):
     for var, leaf, ref_transforms in zip(eqn.invars, leaves, transforms, strict=False):
         if isinstance(var.aval, state_types.AbstractRef):
             ref, ref_transforms = jaxpr_interpret.resolve_ref(var.aval, leaf, ref_transforms)
+            named = state.transform_type(ref_transforms, var.aval)
+            assert isinstance(named, state_types.AbstractRef)
             token, leaf = gpu_callbacks.call_get(
                 token=token,
-                result_shape_and_dtype=state.transform_type(ref_transforms, var.aval).inner_aval,
+                result_shape_and_dtype=named.inner_aval,
                 mesh_location=self.mesh_location,
                 thread=self.thread,
                 allocation_key_as_array=ref,
