@@ -17,6 +17,7 @@ from qjax.nn import (
     ExpertLinear,
     GatedMLP,
     LatentAttention,
+    Linear,
     MoE,
     RMSNorm,
     Rope,
@@ -216,24 +217,36 @@ class Model(CausalLM):
         """Tensors that checkpoints may hold and the model does not use.
 
         These are the layers for multi-token prediction and the rotary frequencies that old exporters
-        saved. Of a quantized layer the name of its plain weight stands for all its parts.
+        saved. Linear modules are named with the parts of every quantized layout.
         """
         first, count = config.num_hidden_layers, config.num_nextn_predict_layers
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(first + count)}
-        extra = "enorm hnorm eh_proj embed_tokens shared_head.norm shared_head.head".split()
+        extra = ("enorm", "hnorm", "embed_tokens", "shared_head.norm")
         for i in range(first, first + count):
             path = f"model.layers.{i}"
             names |= {f"{path}.{name}.weight" for name in extra}
+            names |= _linear_names([f"{path}.eh_proj", f"{path}.shared_head.head"])
             names |= _tensor_names(DecoderLayer(config, i, Context()), path)
         return names
 
 
 def _tensor_names(layer: nnx.Module, prefix: str) -> set[str]:
-    """Checkpoint names of a layer's parameters."""
+    """Checkpoint names of a layer's parameters, plain or quantized."""
     names = set()
     for path, module in modules(layer):
         path = f"{prefix}.{path}"
         paths = module.checkpoint_paths(path) if isinstance(module, ExpertLinear) else [path]
         own = [n for n, v in vars(module).items() if isinstance(v, nnx.Param)]
         names |= {f"{p}.{n}" for p in paths for n in own}
+        if isinstance(module, Linear | ExpertLinear):
+            names |= _linear_names(paths)
     return names
+
+
+def _linear_names(paths: list[str]) -> set[str]:
+    """A linear module's weight, and its parts as quantized checkpoints name them."""
+    parts = """
+        weight weight_scale_inv weight_scale weight_packed weight_shape weight_zero_point weight_g_idx
+        weight_global_scale weight_scale_2 input_scale input_global_scale qweight qzeros scales g_idx
+    """.split()
+    return {f"{path}.{part}" for path in paths for part in parts}

@@ -188,7 +188,11 @@ def test_prediction_layers_are_known_by_exact_name():
         for n in "enorm hnorm eh_proj embed_tokens shared_head.norm shared_head.head".split()
     }
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(4)}
-    assert names == own | extra | frequencies
+    plain = {n for n in names if n.endswith((".weight", "_bias", ".inv_freq"))}
+    assert plain == own | extra | frequencies
+    assert "model.layers.3.mlp.experts.11.up_proj.weight_scale_inv" in names
+    assert "model.layers.3.mlp.experts.12.up_proj.weight_scale_inv" not in names
+    assert not any("norm.weight_" in n or "mlp.gate.weight_" in n for n in names)
     none = deepseek_v3.Model.unused_tensor_names(deepseek_v3.Config.from_hf(case.config))
     assert none == frequencies - {"model.layers.3.self_attn.rotary_emb.inv_freq"}
 
