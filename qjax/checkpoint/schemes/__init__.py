@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qjax.checkpoint.schemes._auto_round import parse_auto_round
 from qjax.checkpoint.schemes._base import Codec, Group, Quantization, TensorInfo
 from qjax.checkpoint.schemes._compressed_tensors import parse_compressed_tensors
 from qjax.checkpoint.schemes._floating import (
@@ -11,7 +12,7 @@ from qjax.checkpoint.schemes._floating import (
     parse_modelopt,
     parse_mxfp4,
 )
-from qjax.checkpoint.schemes._gptq import parse_auto_round, parse_awq, parse_gptq
+from qjax.checkpoint.schemes._gptq import parse_awq, parse_gptq
 
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], str], Quantization]] = {
     "auto-round": parse_auto_round,

@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from qjax.formats import QFormat
-from qjax.recipe import KVCacheFormat, QuantSpec, Recipe, Rule, matches
+from qjax.recipe import KVCacheFormat, QuantSpec, Recipe, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,9 @@ SCALE_DTYPES = {
     "U8": "float8_e8m0fnu",
     "F8_E4M3": "float8_e4m3fn",
 }
+WIDE = ("F32", "BF16", "F16")
+EXPONENTS = ("U8", "F8_E8M0")
+"""Dtype words of scales: floats, and bare exponents, which older exporters write as bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Codec:
         accepted: Names that may be there and say nothing that is not known otherwise.
         scale: Which of the tensors holds the scales, whose dtype becomes the format's.
         decode: (tensors, format, logical shape [..., N, K]) -> canonical parts.
+        dtypes: {tensor name: dtype words it may have}; other names may have any.
+        aliases: {tensor name: another name for it, of other exporters}.
         joiner: Between the module's name and a tensor's: "." or, in GPT-OSS, "_".
     """
 
@@ -54,6 +60,8 @@ class Codec:
     decode: Callable[[Tensors, QFormat, tuple[int, ...]], Parts]
     optional: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
+    dtypes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     joiner: str = "."
 
     def tensor_names(self, path: str, available: Mapping[str, Any]) -> dict[str, str]:
@@ -63,6 +71,10 @@ class Codec:
             ValueError: If a required one is missing.
         """
         full = {s: f"{path}{self.joiner}{s}" for s in (*self.required, *self.optional)}
+        for suffix, alias in self.aliases.items():
+            other = f"{path}{self.joiner}{alias}"
+            if full[suffix] not in available and other in available:
+                full[suffix] = other
         missing = [full[s] for s in self.required if full[s] not in available]
         if missing:
             raise ValueError(f"{path}: {self.name} needs {missing}, which the checkpoint lacks")
@@ -72,8 +84,14 @@ class Codec:
         """The format with the scale dtype that the checkpoint holds.
 
         Raises:
-            ValueError: If it is none that scales may have.
+            ValueError: If a tensor has a dtype that it can't have in this layout.
         """
+        for suffix, allowed in self.dtypes.items():
+            if suffix in infos and infos[suffix].dtype not in allowed:
+                raise ValueError(
+                    f"{path}{self.joiner}{suffix}: {self.name} has it in {' or '.join(allowed)}; "
+                    f"found {infos[suffix].dtype}"
+                )
         dtype = infos[self.scale].dtype
         if dtype not in SCALE_DTYPES:
             raise ValueError(
@@ -118,20 +136,23 @@ class Quantization:
     def resolve(self, kinds: Mapping[str, str]) -> dict[str, Group]:
         """{path: group} of the quantized modules among `kinds` ({path: class word}).
 
+        A module's own name goes before patterns, and those before its class word, whatever the order of
+        the groups.
+
         Raises:
             ValueError: If a group matches no module.
         """
         found: dict[str, Group] = {}
         hit: set[int] = set()
+        ignored, grouped = _Targets([self.ignore]), _Targets([g.targets for g in self.groups])
         for path, kind in kinds.items():
-            if any(matches(t, path, kind) for t in self.ignore):
+            if ignored.find(path, kind) is not None:
                 continue
-            for i, group in enumerate(self.groups):
-                if any(matches(t, path, kind) for t in group.targets):
-                    hit.add(i)
-                    if group.spec is not None:
-                        found[path] = group
-                    break
+            i = grouped.find(path, kind)
+            if i is not None:
+                hit.add(i)
+                if self.groups[i].spec is not None:
+                    found[path] = self.groups[i]
         unused = [g.targets for i, g in enumerate(self.groups) if i not in hit and g.spec]
         if unused:
             raise ValueError(
@@ -146,6 +167,35 @@ class Quantization:
         rules = tuple(Rule(g.targets, g.spec) for g in self.groups if g.spec is not None)
         every = {t for rule in rules for t in rule.targets} | set(self.ignore)
         return Recipe(rules, self.ignore, self.kv_cache, frozenset(every))
+
+
+class _Targets:
+    """Lists of targets made ready for thousands of modules: names in a table, patterns compiled once."""
+
+    def __init__(self, lists: Sequence[Iterable[str]]):
+        self._names: dict[str, int] = {}
+        self._patterns: list[tuple[re.Pattern[str], int]] = []
+        for i, targets in enumerate(lists):
+            parts = []
+            for target in targets:
+                if target.startswith(_PART) and target.endswith(_REST):
+                    parts.append(target[len(_PART) : -len(_REST)])
+                elif target.startswith("re:"):
+                    self._patterns.append((re.compile(target[3:]), i))
+                else:
+                    self._names.setdefault(target, i)
+            if parts:  # one alternation: exporters list hundreds of modules
+                pattern = f"{_PART[3:]}(?:{'|'.join(parts)}){_REST}"
+                self._patterns.append((re.compile(pattern), i))
+
+    def find(self, path: str, kind: str) -> int | None:
+        """Which list names this module, None if none does."""
+        if path in self._names:
+            return self._names[path]
+        for pattern, i in self._patterns:
+            if pattern.fullmatch(path):
+                return i
+        return self._names.get(kind)
 
 
 class Settings:
@@ -188,6 +238,17 @@ class Settings:
             raise ValueError(f"{self._where}: {name} must be a list of strings; found {value!r}")
         return tuple(value)
 
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """An object, empty where it is missing.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{self._where}: {name} must be an object; found {value!r}")
+        return value
+
     def group_size(self, name: str, default: int | None = None) -> int:
         """A group size: a positive integer, or -1 for the whole row.
 
@@ -213,15 +274,35 @@ class Settings:
             raise ValueError(f"{self._where}: unsupported fields {sorted(left)}")
 
 
+REGEX_CHARACTERS = frozenset(r"*+?^$()[]{}|\\")
+"""What tells a regular expression from a path (a dot does not)."""
+
+_PART, _REST = r"re:(?:.*\.)?", r"(?:\..*)?"
+
+
 def part_of_name(entry: str) -> str:
     """The target of an entry that names whole components of a path, with ``*`` as a wildcard."""
     pattern = re.escape(entry).replace(r"\*", ".*")
-    return rf"re:(?:.*\.)?{pattern}(?:\..*)?"
+    return f"{_PART}{pattern}{_REST}"
 
 
 def substring(entry: str) -> str:
     """The target of an entry that may stand anywhere in a path."""
     return f"re:.*{re.escape(entry)}.*"
+
+
+def prefix(entry: str) -> str:
+    """The target of an entry that a path starts with."""
+    return f"re:{re.escape(entry)}.*"
+
+
+def search_pattern(pattern: str, where: str) -> str:
+    """The target of a regular expression that may match anywhere in a path (`re.search`).
+
+    Raises:
+        ValueError: If it is no regular expression.
+    """
+    return _pattern(".*", pattern, where)
 
 
 def prefix_pattern(pattern: str, where: str) -> str:
@@ -230,11 +311,19 @@ def prefix_pattern(pattern: str, where: str) -> str:
     Raises:
         ValueError: If it is no regular expression.
     """
+    return _pattern("", pattern, where)
+
+
+def _pattern(before: str, pattern: str, where: str) -> str:
+    flags = re.match(r"\(\?([aiLmsux]+)\)", pattern)  # allowed at the very beginning only
+    inner = pattern if flags is None else f"(?{flags[1]}:{pattern[flags.end() :]})"
+    whole = f"{before}(?:{inner}).*"
     try:
         re.compile(pattern)
-    except re.error as error:
+        re.compile(whole)
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from error
-    return f"re:(?:{pattern}).*"
+    return f"re:{whole}"
 
 
 def check_shape(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -266,7 +355,5 @@ def scales(tensors: Tensors, name: str, format: QFormat, shape: tuple[int, ...])
             f"{list(shape)}; found {list(found.shape)}"
         )
     if format.scale_dtype == "float8_e8m0fnu" and found.dtype == np.uint8:
-        import ml_dtypes
-
         found = found.view(ml_dtypes.float8_e8m0fnu)
     return found

@@ -20,6 +20,20 @@ def unpack_stream(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.packbits(stream, axis=-1, bitorder="little")[..., 0]
 
 
+def from_stream(rows: np.ndarray, bits: int, k: int) -> np.ndarray:
+    """`QArray.qvalue` of rows uint8 [N, bytes] that are already streams of unsigned codes along K.
+
+    Below 8 bits this is a view: the bytes are QArray's own but for padding at the rows' ends.
+    """
+    codes = rows[:, : k * bits // 8]
+    return (codes ^ np.uint8(128)).view(np.int8) if bits == 8 else codes
+
+
+def words_as_bytes(words: np.ndarray) -> np.ndarray:
+    """Rows of 32-bit words as rows of bytes, lowest first; a view where the words are contiguous."""
+    return np.ascontiguousarray(words).view(np.uint8).reshape(words.shape[0], -1)
+
+
 def canonical(codes: np.ndarray, bits: int) -> np.ndarray:
     """Unsigned codes uint8 [R, K] as `QArray.qvalue` stores them."""
     rows, count = codes.shape
@@ -70,7 +84,7 @@ def sorted_columns(g_idx: np.ndarray, k: int, group: int, name: str) -> np.ndarr
     if g_idx.shape != (k,):
         raise ValueError(f"{name} must have shape [{k}]; found {list(g_idx.shape)}")
     expected = np.arange(k) // group
-    if np.array_equal(g_idx, expected):
+    if np.array_equal(g_idx, expected) or (k and (g_idx == -1).all()):  # -1: never reordered
         return None
     order = np.argsort(g_idx, kind="stable")
     if not np.array_equal(g_idx[order], expected):

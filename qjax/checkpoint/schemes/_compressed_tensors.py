@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qjax.checkpoint.schemes._base import (
+    WIDE,
     Codec,
     Group,
     Parts,
@@ -18,12 +19,15 @@ from qjax.checkpoint.schemes._base import (
     scales,
 )
 from qjax.checkpoint.schemes._bits import (
+    from_stream,
     repack_rows,
     signed_zero_points,
     sorted_columns,
     unpack_stream,
+    words_as_bytes,
 )
 from qjax.checkpoint.schemes._floating import (
+    FP8_DTYPES,
     MXFP4_CT,
     MXFP8_CT,
     NVFP4_CT,
@@ -49,37 +53,45 @@ def _packed(tensors: Tensors, format: QFormat, shape: tuple[int, ...]) -> Parts:
     if stored != tuple(shape):
         raise ValueError(f"weight_shape must be {list(shape)}; found {list(stored)}")
     dense, padded = -(-k * bits // 32), -(-k // (32 // bits))
-    packed = tensors["weight_packed"]
+    packed, perm = tensors["weight_packed"], _column_order(tensors, format, shape)
     # Before version 0.18 a word held whole elements only; the two differ in their number of columns.
     legacy = packed.shape == (n, padded) and padded != dense
     if not legacy:
         check_shape(tensors, "weight_packed", (n, dense))
-    perm = _column_order(tensors, format, shape)
+    format.storage_shape(shape)
 
     def codes(start: int, end: int) -> np.ndarray:
-        words = np.ascontiguousarray(packed[start:end])
-        rows = _padded_words(words, bits, k) if legacy else _stream(words, bits, k)
+        rows = _codes(packed[start:end], bits, k, legacy)
         return rows if perm is None else rows[:, perm]
 
-    parts = {
-        "qvalue": repack_rows(codes, (n, k), bits),
-        "scale": scales(tensors, "weight_scale", format, shape),
-    }
+    if perm is None and not legacy:
+        qvalue = from_stream(words_as_bytes(packed), bits, k)
+    else:
+        qvalue = repack_rows(codes, (n, k), bits)
+    parts = {"qvalue": qvalue, "scale": scales(tensors, "weight_scale", format, shape)}
     if perm is not None:
         parts["column_perm"] = perm
+    if "input_scale" in tensors:
+        parts["activation_scale"] = scalar(tensors, "input_scale")
     if format.offset is not None:
         zero = tensors["weight_zero_point"]
         if zero.dtype == np.int32:  # packed along the rows
-            words = np.ascontiguousarray(zero.T)
-            legacy = words.shape[1] != -(-n * bits // 32)
-            unsigned = _padded_words(words, bits, n) if legacy else _stream(words, bits, n)
+            dense, padded = -(-n * bits // 32), -(-n // (32 // bits))
+            groups = format.scale_shape(shape)[1]
+            legacy = zero.shape == (padded, groups) and padded != dense
+            if not legacy:
+                check_shape(tensors, "weight_zero_point", (dense, groups))
+            unsigned = _codes(zero.T, bits, n, legacy)
             zero = signed_zero_points(np.ascontiguousarray(unsigned.T), bits)
         parts["zero_point"] = _zero_point(zero, format, shape)
     return parts
 
 
-def _stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    return unpack_stream(words.view(np.uint8).reshape(len(words), -1), bits, count)
+def _codes(words: np.ndarray, bits: int, count: int, legacy: bool) -> np.ndarray:
+    """Unsigned codes uint8 [R, count] of int32 [R, words]."""
+    if legacy:
+        return _padded_words(np.ascontiguousarray(words), bits, count)
+    return unpack_stream(words_as_bytes(words), bits, count)
 
 
 def _padded_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -128,6 +140,7 @@ def _int_plain(tensors: Tensors, format: QFormat, shape: tuple[int, ...]) -> Par
 
 
 _EXTRA = ("weight_zero_point", "weight_g_idx", "input_scale")
+_DTYPES = {"weight_scale": WIDE, "weight_g_idx": ("I32", "I64"), "input_scale": WIDE}
 PACKED = Codec(
     "pack-quantized",
     ("weight_packed", "weight_scale"),
@@ -135,6 +148,12 @@ PACKED = Codec(
     _packed,
     optional=("weight_shape", *_EXTRA),
     accepted=("input_zero_point",),
+    dtypes=_DTYPES
+    | {
+        "weight_packed": ("I32",),
+        "weight_shape": ("I64", "I32"),
+        "weight_zero_point": ("I32", "I8"),
+    },
 )
 INT = Codec(
     "int-quantized",
@@ -143,6 +162,7 @@ INT = Codec(
     _int_plain,
     optional=_EXTRA,
     accepted=("input_zero_point",),
+    dtypes=_DTYPES | {"weight": ("I8",), "weight_zero_point": ("I8",)},
 )
 FLOAT = Codec(
     "float-quantized",
@@ -151,17 +171,8 @@ FLOAT = Codec(
     fp8_parts("weight_scale", "input_scale"),
     optional=("input_scale",),
     accepted=("input_zero_point", "weight_zero_point"),
+    dtypes=FP8_DTYPES,
 )
-_CODECS = {
-    "pack-quantized": PACKED,
-    "int-quantized": INT,
-    "float-quantized": FLOAT,
-    "naive-quantized": None,
-    "nvfp4-pack-quantized": NVFP4_CT,
-    "mxfp4-pack-quantized": MXFP4_CT,
-    "mxfp8-quantized": MXFP8_CT,
-}
-
 _ARGS_HARMLESS = frozenset({"observer", "observer_kwargs", "zp_dtype", "scale_dtype", "actorder"})
 _HARMLESS = frozenset(
     {"quant_method", "quantization_status", "version", "global_compression_ratio",
@@ -177,7 +188,7 @@ class Args:
     dynamic: bool | str
 
 
-def _args(config: Mapping[str, Any], where: str) -> Args:
+def _args(config: Mapping[str, Any], where: str, codec: Any) -> Args:
     """Weights [N, K] and activations [tokens, K] alike: the strategy names the blocks."""
     s = Settings(config, where, _ARGS_HARMLESS)
     bits = s.choice("num_bits", tuple(range(2, 9)), 8)
@@ -195,7 +206,7 @@ def _args(config: Mapping[str, Any], where: str) -> Args:
         block = (1, WHOLE if group == -1 else group)
     elif strategy == "block":
         if isinstance(structure, str):
-            structure = [int(x) for x in structure.split("x") if x.isdigit()]
+            structure = [int(x) if x.isdecimal() else x for x in structure.split("x")]
         block = block_shape(structure, f"{where}: block_structure")
     else:
         block = (WHOLE, WHOLE) if strategy == "tensor" else (1, WHOLE)
@@ -209,36 +220,57 @@ def _args(config: Mapping[str, Any], where: str) -> Args:
         if block not in names:
             raise ValueError(f"{where}: 4-bit floats in blocks of {block} are not supported")
         return Args(qformat(names[block]), dynamic)
-    if block == (1, 32) and "uint8" in str(config.get("scale_dtype")):
+    if block == (1, 32) and (codec == MXFP8_CT.name or "uint8" in str(config.get("scale_dtype"))):
         return Args(qformat("mxfp8"), dynamic)
     return Args(QFormat("float8_e4m3fn", block), dynamic)
 
 
-def _activations(config: Mapping[str, Any] | None, where: str) -> ActivationFormat | None:
+def _weights(config: Any, where: str, codec: Any) -> QFormat:
+    args = _args(config, where, codec)
+    if args.dynamic:
+        raise ValueError(f"{where}: dynamic = {args.dynamic!r}: weights must have stored scales")
+    return args.format
+
+
+def _activations(config: Any, where: str, codec: Any) -> ActivationFormat | None:
     if config is None:
         return None
-    args = _args(config, where)
+    args = _args(config, where, codec)
+    format, static = args.format, args.dynamic is not True
+    whole = format.block_shape == (WHOLE, WHOLE) or format.global_scale
+    if static and not whole:
+        raise ValueError(
+            f"{where}: dynamic = false needs strategy 'tensor': a stored scale covers the whole input"
+        )
+    if args.dynamic == "local" and not format.global_scale:
+        raise ValueError(f"{where}: dynamic = 'local' is for 4-bit floats in groups of 16")
+    if static and format.offset is not None:
+        raise ValueError(f"{where}: symmetric = false with stored scales is not supported")
     # "local": scales per group at run time below a stored global scale.
-    return ActivationFormat(args.format, static=args.dynamic in (False, "local"))
+    return ActivationFormat(format, static=static)
 
 
 def _codec(name: Any, format: QFormat, where: str) -> Codec:
     """The codec that a group's format names, or that its grid has by default."""
+    if format.global_scale:
+        fitting = (NVFP4_CT,)
+    elif format.element == "float4_e2m1fn":
+        fitting = (MXFP4_CT,)
+    elif format.scale_rule == "mx":
+        fitting = (MXFP8_CT,)
+    elif format.spec.is_float:
+        fitting = (FLOAT,)
+    else:
+        fitting = (INT, PACKED) if format.bits == 8 or name == "naive-quantized" else (PACKED, INT)
     if name in (None, "dense", "mixed-precision", "naive-quantized"):
-        if format.global_scale:
-            return NVFP4_CT
-        if format.element == "float4_e2m1fn":
-            return MXFP4_CT
-        if format.scale_rule == "mx":
-            return MXFP8_CT
-        if format.spec.is_float:
-            return FLOAT
-        return INT if format.bits == 8 or name == "naive-quantized" else PACKED
-    if name not in _CODECS:
-        raise ValueError(f"{where}: format {name!r} is not supported; supported: {sorted(_CODECS)}")
-    codec = _CODECS[name]
-    assert codec is not None
-    return codec
+        return fitting[0]
+    names = [codec.name for codec in fitting]
+    if name not in names:
+        raise ValueError(
+            f"{where}: format = {name!r} is not supported for {format.element} in blocks of "
+            f"{format.block_shape}; supported: {names}"
+        )
+    return fitting[names.index(name)]
 
 
 def _target(target: str, where: str) -> str:
@@ -250,33 +282,33 @@ def parse_compressed_tensors(config: Mapping[str, Any], where: str) -> Quantizat
     """`quant_method` "compressed-tensors"."""
     s = Settings(config, where, _HARMLESS)
     default = s.get("format")
-    for name in ("sparsity_config", "transform_config"):
-        value = s.get(name, {})
-        if value and value.get("format", "dense") != "dense":
-            raise ValueError(f"{where}: {name} is not supported")
-        if name == "transform_config" and value.get("config_groups"):
-            raise ValueError(f"{where}: {name} is not supported")
-    groups = []
-    for name, group in s.get("config_groups", {}).items():
-        here = f"{where}: config_groups.{name}"
-        g = Settings(group, here, frozenset())
-        targets = tuple(_target(t, here) for t in g.strings("targets"))
-        if g.get("output_activations") is not None:
-            raise ValueError(f"{here}: output_activations are not supported")
-        weights, inputs = g.get("weights"), g.get("input_activations")
-        codec_name = g.get("format", default)
-        g.finish()
-        act = _activations(inputs, f"{here}.input_activations")
-        if weights is None:
-            raise ValueError(
-                f"{here}: weights are missing: quantized inputs alone are not supported"
-            )
-        format = _args(weights, f"{here}.weights").format
-        groups.append(Group(targets, QuantSpec(format, act), _codec(codec_name, format, here)))
+    if s.mapping("sparsity_config").get("format", "dense") != "dense":
+        raise ValueError(f"{where}: sparsity_config: sparse weights are not supported")
+    if any(s.mapping("transform_config").values()):
+        raise ValueError(f"{where}: transform_config: transforms are not supported")
+    groups = tuple(
+        _group(group, f"{where}: config_groups.{name}", default)
+        for name, group in s.mapping("config_groups").items()
+    )
     ignore = tuple(_target(t, where) for t in s.strings("ignore"))
     cache = _kv_cache(s.get("kv_cache_scheme"), where)
     s.finish()
-    return Quantization("compressed-tensors", tuple(groups), ignore, cache)
+    return Quantization("compressed-tensors", groups, ignore, cache)
+
+
+def _group(config: Any, where: str, default_format: Any) -> Group:
+    s = Settings(config, where, frozenset())
+    targets = tuple(_target(t, where) for t in s.strings("targets"))
+    weights, inputs = s.get("weights"), s.get("input_activations")
+    codec = s.get("format", default_format)
+    if s.get("output_activations") is not None:
+        raise ValueError(f"{where}: output_activations are not supported")
+    s.finish()
+    if not targets or weights is None:
+        raise ValueError(f"{where}: needs targets and weights: quantized inputs alone don't load")
+    format = _weights(weights, f"{where}.weights", codec)
+    act = _activations(inputs, f"{where}.input_activations", codec)
+    return Group(targets, QuantSpec(format, act), _codec(codec, format, where))
 
 
 def _kv_cache(scheme: Any, where: str) -> KVCacheFormat | None:
@@ -295,22 +327,3 @@ def _kv_cache(scheme: Any, where: str) -> KVCacheFormat | None:
     if bits == 4:
         return KVCacheFormat("nvfp4")
     return KVCacheFormat("float8_e4m3fn", "head" if strategy == "attn_head" else "tensor")
-
-
-def auto_round_codec(config: Mapping[str, Any], where: str, head: tuple[str, ...]) -> Quantization:
-    """AutoRound's llm_compressor packing: compressed-tensors' names under AutoRound's config."""
-    bits, kind, group = config.get("bits"), str(config.get("data_type")), config.get("group_size")
-    names: dict[tuple[Any, Any], str] = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
-    if ("fp" not in kind and "float" not in kind) or (bits, group) not in names:
-        raise ValueError(
-            f"{where}: llm_compressor packing of {bits}-bit {kind!r} in groups of {group} is not supported"
-        )
-    format = qformat(names[bits, group])
-    act = None
-    if config.get("act_bits", 16) in (4, 8):
-        act_format = qformat(names.get((config["act_bits"], group), "mxfp8"))
-        act = ActivationFormat(act_format, static=act_format.global_scale)
-    spec = QuantSpec(format, act)
-    return Quantization(
-        "auto-round", (Group(("Linear",), spec, _codec(None, format, where)),), head
-    )

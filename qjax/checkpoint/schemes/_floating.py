@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from qjax.checkpoint.schemes._base import (
+    EXPONENTS,
+    WIDE,
     Codec,
     Group,
     Parts,
@@ -99,18 +101,37 @@ def _mxfp4_parts(tensors: Tensors, format: QFormat, shape: tuple[int, ...]) -> P
 
 def _gpt_oss_parts(tensors: Tensors, format: QFormat, shape: tuple[int, ...]) -> Parts:
     *lead, k = shape
+    if k % 32:
+        raise ValueError(f"blocks: groups of 32 must divide K; found a weight {list(shape)}")
     blocks = check_shape(tensors, "blocks", (*lead, k // 32, 16))
-    scale = check_shape(tensors, "scales", (*lead, k // 32))
-    if blocks.dtype != np.uint8 or scale.dtype != np.uint8:
-        raise ValueError(f"blocks and scales must be uint8; found {blocks.dtype}, {scale.dtype}")
     return {
         "qvalue": blocks.reshape(*lead, k // 2),
         "scale": scales(tensors, "scales", format, shape),
     }
 
 
+FP8_DTYPES = {
+    "weight": ("F8_E4M3",),
+    "weight_scale": (*WIDE, "F8_E8M0"),
+    "weight_scale_inv": (*WIDE, "F8_E8M0"),
+    "input_scale": WIDE,
+}
+_NVFP4_DTYPES = {
+    "weight_packed": ("U8",),
+    "weight": ("U8",),
+    "weight_scale": ("F8_E4M3",),
+    "weight_global_scale": WIDE,
+    "weight_scale_2": WIDE,
+    "input_global_scale": WIDE,
+    "input_scale": WIDE,
+}
 FP8_BLOCK = Codec(
-    "fp8", ("weight", "weight_scale_inv"), "weight_scale_inv", fp8_parts("weight_scale_inv")
+    "fp8 in blocks",
+    ("weight", "weight_scale_inv"),
+    "weight_scale_inv",
+    fp8_parts("weight_scale_inv"),
+    dtypes=FP8_DTYPES,
+    aliases={"weight_scale_inv": "weight_scale"},
 )
 FP8 = Codec(
     "fp8",
@@ -119,6 +140,9 @@ FP8 = Codec(
     fp8_parts("weight_scale", "input_scale"),
     optional=("input_scale",),
     accepted=("input_zero_point", "weight_zero_point"),
+    dtypes=FP8_DTYPES,
+    # transformers' own fp8 layers call them so, for whole tensors too
+    aliases={"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"},
 )
 NVFP4_CT = Codec(
     "nvfp4-pack-quantized",
@@ -126,6 +150,7 @@ NVFP4_CT = Codec(
     "weight_scale",
     nvfp4_parts("weight_packed", "weight_global_scale", "input_global_scale", divides=True),
     optional=("input_global_scale",),
+    dtypes=_NVFP4_DTYPES,
 )
 NVFP4_MODELOPT = Codec(
     "modelopt NVFP4",
@@ -133,14 +158,30 @@ NVFP4_MODELOPT = Codec(
     "weight_scale",
     nvfp4_parts("weight", "weight_scale_2", "input_scale", divides=False),
     optional=("input_scale",),
+    dtypes=_NVFP4_DTYPES,
 )
 MXFP4_CT = Codec(
-    "mxfp4-pack-quantized", ("weight_packed", "weight_scale"), "weight_scale", _mxfp4_parts
+    "mxfp4-pack-quantized",
+    ("weight_packed", "weight_scale"),
+    "weight_scale",
+    _mxfp4_parts,
+    dtypes={"weight_packed": ("U8",), "weight_scale": EXPONENTS},
 )
 MXFP8_CT = Codec(
-    "mxfp8-quantized", ("weight", "weight_scale"), "weight_scale", fp8_parts("weight_scale")
+    "mxfp8-quantized",
+    ("weight", "weight_scale"),
+    "weight_scale",
+    fp8_parts("weight_scale"),
+    dtypes={"weight": ("F8_E4M3",), "weight_scale": EXPONENTS},
 )
-GPT_OSS = Codec("mxfp4", ("blocks", "scales"), "scales", _gpt_oss_parts, joiner="_")
+GPT_OSS = Codec(
+    "mxfp4",
+    ("blocks", "scales"),
+    "scales",
+    _gpt_oss_parts,
+    dtypes={"blocks": ("U8",), "scales": EXPONENTS},
+    joiner="_",
+)
 
 _HEAD = part_of_name("lm_head")
 
@@ -150,9 +191,12 @@ def block_activations(ue8m0: bool) -> ActivationFormat:
     return ActivationFormat(qformat("fp8_e4m3_1x128" + "_ue8m0" * ue8m0), amax_min=1e-4)
 
 
+_FP8_HARMLESS = frozenset({"quant_method", "_comment", "producer", "version", "dequantize"})
+
+
 def parse_fp8(config: Mapping[str, Any], where: str) -> Quantization:
     """`quant_method` "fp8": DeepSeek's 128x128 blocks, or per-tensor scales."""
-    s = Settings(config, where, frozenset({"quant_method", "_comment", "producer", "version"}))
+    s = Settings(config, where, _FP8_HARMLESS)
     s.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
     scheme = s.choice("activation_scheme", ("dynamic", "static"), "dynamic")
     ue8m0 = s.choice("scale_fmt", ("ue8m0", "float"), "float") == "ue8m0"
@@ -203,29 +247,30 @@ def parse_fbgemm(config: Mapping[str, Any], where: str) -> Quantization:
 
 def parse_modelopt(config: Mapping[str, Any], where: str) -> Quantization:
     """`quant_method` "modelopt": FP8 per tensor or NVFP4; also hf_quant_config.json's content."""
-    config = {**config, **(config.get("quantization") or {})}
-    harmless = {
-        "quant_method",
-        "producer",
-        "quantization",
-        "config_groups",
-        "group_size",
-        "version",
-    }
-    s = Settings(config, where, frozenset(harmless))
+    # The older file has the fields one level below; either way they are read as one object.
+    config = {**config, **Settings(config, where, frozenset()).mapping("quantization")}
+    s = Settings(config, where, frozenset({"quant_method", "producer", "quantization", "version"}))
     algo = s.choice("quant_algo", ("FP8", "NVFP4"))
+    format, codec = {"FP8": (_TENSOR, FP8), "NVFP4": (qformat("nvfp4"), NVFP4_MODELOPT)}[algo]
+    if algo == "NVFP4":
+        s.choice("group_size", (16,), 16)
     cache = s.choice("kv_cache_quant_algo", ("FP8", "NVFP4", "none"), "none")
-    if scheme := s.get("kv_cache_scheme"):
-        bits = scheme.get("num_bits") if isinstance(scheme, Mapping) else None
+    if scheme := s.mapping("kv_cache_scheme"):
+        bits = scheme.get("num_bits")
         if bits not in (4, 8) or scheme.get("type") != "float":
             raise ValueError(f"{where}: kv_cache_scheme {scheme!r} is not supported")
         cache = "FP8" if bits == 8 else "NVFP4"
     skipped = (*s.strings("ignore"), *s.strings("exclude_modules"))
+    static = True
+    for name, group in s.mapping("config_groups").items():
+        fields = Settings(group, f"{where}: config_groups.{name}", frozenset({"targets"}))
+        if fields.mapping("weights").get("num_bits", format.bits) != format.bits:
+            raise ValueError(f"{where}: config_groups.{name}: weights disagree with {algo}")
+        static = bool(fields.mapping("input_activations"))
+        fields.finish()
+    s.get("group_size")
     s.finish()
-    format = {"FP8": _TENSOR, "NVFP4": qformat("nvfp4")}[algo]
-    codec = {"FP8": FP8, "NVFP4": NVFP4_MODELOPT}[algo]
-    activations = (config.get("config_groups") or {}).get("group_0", {}).get("input_activations", 1)
-    act = None if activations is None else ActivationFormat(format, static=True)
+    act = ActivationFormat(format, static=True) if static else None
     names = {"FP8": "fp8_e4m3", "NVFP4": "nvfp4"}
     return Quantization(
         "modelopt",
