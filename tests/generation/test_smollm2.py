@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qjax import checkpoint
+from qjax.evaluation import forward, logits_error
 from qjax.generation import Generator
 from qjax.sampling import SamplingParams
 from qjax.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def test_greedy_tokens_of_three_chats_in_one_batch(model, path):
     g = Generator(model, Tokenizer.load(path), batch_size=3)
     chats = [chat["messages"] for chat in STORED["chats"][:3]]
     for i in range(3):  # a token that nearly ties could be another in another summation order
-        assert ARRAYS[f"greedy_margin_{i}"].min() > 1e-2
+        assert ARRAYS[f"greedy_margin_{i}"].min() > 5e-3
     got = g.generate(chats, SamplingParams(max_new_tokens=32, ignore_eos=True))
     for i, completion in enumerate(got):
         np.testing.assert_array_equal(completion.token_ids, ARRAYS[f"greedy_{i}"])
@@ -54,11 +54,10 @@ def test_last_logits_of_the_chats(model):
     ids = np.zeros((3, lengths.max()), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    run = jax.jit(lambda ids, n: model(ids, None, n, last_token_only=True)[0])
-    logits = np.asarray(run(jnp.asarray(ids), jnp.asarray(lengths)))
+    logits = np.asarray(forward(model)(jnp.asarray(ids)))  # padding on the right is not seen
     for i, row in enumerate(logits):
-        expected = ARRAYS[f"logits_{i}"]
-        assert np.linalg.norm(row - expected) < 1e-3 * np.linalg.norm(expected)
+        error = logits_error(row[lengths[i] - 1], ARRAYS[f"logits_{i}"])
+        assert error.rel_l2 < 1e-3 and error.argmax_agreement == 1
 
 
 def test_the_first_command_of_the_readme(path):
