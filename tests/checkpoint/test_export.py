@@ -216,8 +216,8 @@ class Experts(nnx.Module):
         name = "gate_up_proj" if stacked else "gate_proj"
         path = f"experts.{name}"
         self.sharding = Sharding() if mesh is None else Sharding(make_mesh(mesh))
-        first = path if stacked else f"experts.0.{name}"
-        context = nn.Context({first: spec}, "bfloat16", self.sharding)
+        paths = [path] if stacked else [f"experts.{e}.{name}" for e in range(4)]
+        context = nn.Context(dict.fromkeys(paths, spec), "bfloat16", self.sharding)
         layer = nn.ExpertLinear(
             4, 64, 32, path, context, use_bias=True, stacked_in_checkpoint=stacked, transposed_in_checkpoint=stacked,
             expert_axis=self.sharding.axis("expert", 4),
