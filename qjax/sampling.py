@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,12 +100,11 @@ class SamplingArrays:
     def of(cls, rows: Sequence[SamplingParams]) -> "SamplingArrays":
         """The arrays of these rows, on the host."""
         dtypes = {"top_k": np.int32, "seed": np.uint32}
-        return cls(
-            *(
-                np.array([getattr(row, f.name) for row in rows], dtypes.get(f.name, np.float32))
-                for f in dataclasses.fields(cls)
-            )
-        )
+        values: list[Any] = [
+            np.array([getattr(row, f.name) for row in rows], dtypes.get(f.name, np.float32))
+            for f in dataclasses.fields(cls)
+        ]
+        return cls(*values)
 
 
 def sample(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
+from typing import Any
 
 import numpy as np
 
@@ -147,12 +148,12 @@ class Generator:
         return Sequence(index, ids, params, limit, self.tokenizer)
 
     def _token_ids(self, prompt: Prompt, where: str) -> list[int]:
-        items = None if isinstance(prompt, str) else list(prompt)
-        if items is not None and all(isinstance(i, int | np.integer) for i in items):
+        items: list[Any] = [] if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, str) and all(isinstance(i, int | np.integer) for i in items):
             return [int(i) for i in items]
         if self.tokenizer is None:
             raise ValueError(f"{where}: without a tokenizer a prompt must be token ids")
-        if items is None:
+        if isinstance(prompt, str):
             # Only a beginning token would be left of an empty text.
             return self.tokenizer.encode(prompt) if prompt else []
         if all(isinstance(message, Mapping) for message in items):

@@ -41,34 +41,38 @@ def run(
     """
     state = _Schedule(steps, sequences, batch, max_len, prefill_chunk)
     in_flight: collections.deque[tuple[Array, Owners]] = collections.deque()
-    try:
-        while state.unfinished:
-            admitted = state.admit()
-            stepped = state.step()
-            in_flight.extend(work for work in (admitted, stepped) if work is not None)
-            while len(in_flight) > (stepped is not None):
-                tokens, owners = in_flight.popleft()
-                drawn = np.asarray(tokens)
-                for row, sequence in owners:
-                    if sequence.finish_reason is None:
-                        yield sequence.push(int(drawn[row]))
-                        if sequence.finish_reason is not None:
-                            state.free(row)
-    finally:
-        # A process must not end while the device works on a step that nobody waits for.
-        for tokens, _ in in_flight:
-            tokens.block_until_ready()
+    while state.unfinished:
+        admitted = state.admit()
+        stepped = state.step()
+        in_flight.extend(work for work in (admitted, stepped) if work is not None)
+        while len(in_flight) > (stepped is not None):
+            tokens, owners = in_flight.popleft()
+            # No copy is started ahead of this: one that is under way when the process exits aborts it.
+            drawn = np.asarray(tokens)
+            for row, sequence in owners:
+                if sequence.finish_reason is None:
+                    yield sequence.push(int(drawn[row]))
+                    if sequence.finish_reason is not None:
+                        state.free(row)
 
 
 class _Schedule:
-    def __init__(self, steps, sequences, batch, max_len, prefill_chunk):
+    def __init__(
+        self,
+        steps: Steps,
+        sequences: list[Sequence],
+        batch: int,
+        max_len: int,
+        prefill_chunk: int,
+    ):
         self._steps, self._prefill_chunk = steps, prefill_chunk
         self._waiting = collections.deque(sequences)
         self._rows: list[Sequence | None] = [None] * batch
         self._slots = steps.new_slots(batch, max_len)
         self._tokens = steps.put(np.zeros(batch, np.int32))
-        self._active = self._active_host = None
-        self._sampling = None
+        self._active_host = np.zeros(batch, bool)
+        self._active = steps.put(self._active_host)
+        self._sampling: SamplingArrays | None = None
 
     @property
     def unfinished(self) -> bool:
@@ -97,7 +101,7 @@ class _Schedule:
         by_shard = [[(r, s) for r, s in owners if r // shard_rows == i] for i in range(shards)]
         count = bucket(max(map(len, by_shard)), 1)
         count = min(count, shard_rows)
-        padded = [
+        padded: list[tuple[int, Sequence | None]] = [
             pair
             for i, pairs in enumerate(by_shard)
             for pair in (*pairs, *[(i * shard_rows, None)] * (count - len(pairs)))
@@ -121,7 +125,6 @@ class _Schedule:
             self._slots, self._tokens = self._steps.prefill(
                 self._slots, self._tokens, rows, ids, start, count, SamplingArrays.of(params)
             )
-        self._tokens.copy_to_host_async()
 
     def step(self) -> tuple[Array, Owners] | None:
         """Decodes a token of every sequence that needs one; None if none does."""
@@ -132,15 +135,15 @@ class _Schedule:
             return None
         active = np.zeros(len(self._rows), bool)
         active[[row for row, _ in owners]] = True
-        if self._active is None or not np.array_equal(active, self._active_host):
+        if not np.array_equal(active, self._active_host):
             self._active, self._active_host = self._steps.put(active), active
-        if self._sampling is None:
+        sampling = self._sampling
+        if sampling is None:
             params = [SamplingParams() if s is None else s.params for s in self._rows]
-            self._sampling = self._steps.put(SamplingArrays.of(params))
+            sampling = self._sampling = self._steps.put(SamplingArrays.of(params))
         for _, sequence in owners:
             sequence.requested += 1
         self._slots, self._tokens = self._steps.decode(
-            self._slots, self._tokens, self._active, self._sampling
+            self._slots, self._tokens, self._active, sampling
         )
-        self._tokens.copy_to_host_async()
         return self._tokens, owners

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterable
 
 from qjax.sampling import SamplingParams
 from qjax.tokenizer import Tokenizer
@@ -133,7 +134,7 @@ class Sequence:
         )
 
 
-def _partial_stop(text: str, stops: tuple[str, ...]) -> int:
+def _partial_stop(text: str, stops: Iterable[str]) -> int:
     """Characters at the end that a stop text may begin with, to be held back."""
     longest = 0
     for stop in stops:

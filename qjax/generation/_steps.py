@@ -121,13 +121,14 @@ class Steps:
         """
         return self._decode(self._weights, slots, tokens, active, sampling)
 
-    def _run(self, weights, ids, cache, num_tokens):
+    def _run(self, weights, ids, cache, num_tokens) -> tuple[Array, KVCache]:
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._state_tree, weights))
         logits, cache = model(ids, cache, num_tokens, last_token_only=True)
         if self._model.sharding.mesh is not None:  # draws need all of a row's vocabulary
             logits = jax.lax.with_sharding_constraint(
                 logits, self._model.sharding.named(self._rows_axis, None)
             )
+        assert cache is not None
         return logits, cache
 
     def _traced_prefill(self, weights, slots, tokens, rows, ids, start, num_tokens, sampling):

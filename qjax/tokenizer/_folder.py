@@ -113,7 +113,7 @@ def add_tokens(backend: Backend, folder: Path, config: Mapping[str, Any]) -> Non
 def add_bos_and_eos(backend: Backend, bos: str | None, eos: str | None) -> None:
     """Puts these tokens around every text that is encoded with special tokens; None for neither."""
     template = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    pairs = [(text, backend.token_to_id(text)) for text in {bos, eos} - {None}]
+    pairs = [(text, backend.token_to_id(text)) for text in {bos, eos} if text is not None]
     if pairs:
         backend.post_processor = TemplateProcessing(
             single=template, pair=[*template, "$B:1"], special_tokens=pairs

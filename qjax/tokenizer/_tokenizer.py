@@ -1,7 +1,7 @@
 """One tokenizer class over the `tokenizers` library."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Tokenizer:
         backend: Backend,
         *,
         bos_id: int | None = None,
-        eos_ids: Sequence[int] | frozenset[int] | set[int] = (),
+        eos_ids: Collection[int] = (),
         chat_template: str | None = None,
         named_tokens: Mapping[str, str] | None = None,
     ):
@@ -70,24 +70,27 @@ class Tokenizer:
         config = _folder.read_json(folder / "tokenizer_config.json")
         _folder.add_tokens(backend, folder, config)
         named = _folder.named_tokens(folder, config)
+        ids: dict[str, int] = {}
         for name in ("bos_token", "eos_token"):
-            if name in named and backend.token_to_id(named[name]) is None:
+            token_id = backend.token_to_id(named[name]) if name in named else None
+            if token_id is not None:
+                ids[name] = token_id
+            elif name in named:
                 raise ValueError(
                     f"{folder / 'tokenizer_config.json'}: {name} {named[name]!r} is not in tokenizer.json's "
                     "vocabulary; the two files must belong together"
                 )
-        bos, eos = named.get("bos_token"), named.get("eos_token")
         if backend.post_processor is None:
             _folder.add_bos_and_eos(
                 backend,
-                bos if config.get("add_bos_token") else None,
-                eos if config.get("add_eos_token") else None,
+                named.get("bos_token") if config.get("add_bos_token") else None,
+                named.get("eos_token") if config.get("add_eos_token") else None,
             )
-        ends = _folder.eos_ids(folder) | ({backend.token_to_id(eos)} if eos else set())
+        own_end = {ids["eos_token"]} if "eos_token" in ids else set()
         return cls(
             backend,
-            bos_id=backend.token_to_id(bos) if bos else None,
-            eos_ids=ends,
+            bos_id=ids.get("bos_token"),
+            eos_ids=_folder.eos_ids(folder) | own_end,
             chat_template=_folder.chat_template(folder, config),
             named_tokens=named,
         )
