@@ -53,6 +53,11 @@ class KVCacheFormat:
             raise ValueError(f"KVCacheFormat: {self.element} pages take no per-token scales")
 
     @property
+    def calibrated(self) -> bool:
+        """Whether checkpoints hold scales for these pages."""
+        return self.element in ("float8_e4m3fn", "nvfp4") and self.scale != "token_head"
+
+    @property
     def quantized(self) -> bool:
         """Whether pages hold quantized codes."""
         return self.element in ("float8_e4m3fn", "float8_e5m2", "nvfp4")

@@ -184,7 +184,7 @@ def calibrate_kv_scales(
     Raises:
         ValueError: If the format has no loaded scales.
     """
-    if format.element not in ("float8_e4m3fn", "nvfp4") or format.scale == "token_head":
+    if not format.calibrated:
         raise ValueError(f"calibrate_kv_scales: {format} has no scales to calibrate")
     graphdef, state = nnx.split(model)
 

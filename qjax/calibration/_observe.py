@@ -1,5 +1,6 @@
 """Statistics of the inputs of a layer's linear modules."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,12 +63,20 @@ def positions(batch: int, length: int) -> Tokens:
 def run_layer(layer: nnx.Module) -> Callable[[Array], Array]:
     """The jitted function from hidden states [B, T, D] to the layer's output."""
     graphdef, state = nnx.split(layer)
+    return lambda x: _run(graphdef, state, x)
 
-    @jax.jit
-    def run(state, x):
-        return nnx.merge(graphdef, state)(x, positions(*x.shape[:2]), None)[0]
 
-    return lambda x: run(state, x)
+# Compiled once for all layers of one shape: equal graph definitions are one static argument.
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef: nnx.GraphDef, state: nnx.State, x: Array) -> Array:
+    return nnx.merge(graphdef, state)(x, positions(*x.shape[:2]), None)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _observe(graphdef: nnx.GraphDef, sums: nnx.State, rest: nnx.State, x: Array) -> nnx.State:
+    observed = nnx.merge(graphdef, sums, rest)
+    observed(x, positions(*x.shape[:2]), None)
+    return nnx.split(observed, InputStatistic, ...)[1]
 
 
 def input_hessians(layer: nnx.Module, batches: list[Array]) -> Mapping[str, Array]:
@@ -85,14 +94,7 @@ def input_hessians(layer: nnx.Module, batches: list[Array]) -> Mapping[str, Arra
     finally:
         for path, linear in found.items():
             replace(layer, path, linear)
-
-    @jax.jit
-    def observe(sums, rest, x):
-        observed = nnx.merge(graphdef, sums, rest)
-        observed(x, positions(*x.shape[:2]), None)
-        return nnx.split(observed, InputStatistic, ...)[1]
-
     for x in batches:
-        sums = observe(sums, rest, x)
+        sums = _observe(graphdef, sums, rest, x)
     flat = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(sums)}
     return {path: flat[f"{path}.hessian"] for path in found}
