@@ -1,5 +1,6 @@
 """Strict reading of config.json: every field is used, known to be harmless, or an error."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,18 +32,26 @@ class Fields:
         self._config = config
         self._taken: set[str] = set()
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(
+        self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = 2**31 - 1
+    ) -> int:
         """An integer field; without a default it must be there.
 
         Raises:
-            ValueError: If it is missing, no integer or too small.
+            ValueError: If it is missing, no integer or out of range.
         """
         value = self._take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"config.json: {name} must be an integer; found {value!r}")
+        if not minimum <= value <= maximum:
             raise ValueError(
-                f"config.json: {name} must be an integer of at least {minimum}; found {value!r}"
+                f"config.json: {name} must be within {minimum} and {maximum}; found {value!r}"
             )
         return value
+
+    def layers(self) -> int:
+        """num_hidden_layers, bounded: each layer is an object before any tensor is looked at."""
+        return self.integer("num_hidden_layers", maximum=1024)
 
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number.
@@ -51,7 +60,8 @@ class Fields:
             ValueError: If it is missing or not one.
         """
         value = self._take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
             raise ValueError(f"config.json: {name} must be a positive number; found {value!r}")
         return float(value)
 

@@ -85,7 +85,7 @@ class Config:
             hidden_size=f.integer("hidden_size"),
             intermediate_size=f.integer("intermediate_size"),
             moe_intermediate_size=f.integer("moe_intermediate_size"),
-            num_hidden_layers=f.integer("num_hidden_layers"),
+            num_hidden_layers=f.layers(),
             num_nextn_predict_layers=_predict_layers(f),
             num_attention_heads=heads,
             q_lora_rank=f.optional_integer("q_lora_rank"),
@@ -124,7 +124,7 @@ def _routing(f: Fields) -> Routing:
     f.choice("scoring_func", ("sigmoid",), "sigmoid")
     f.choice("topk_method", ("noaux_tc",), "noaux_tc")
     f.choice("moe_layer_freq", (1,), 1)
-    experts = f.integer("n_routed_experts", f.optional_integer("num_local_experts"))
+    experts = f.integer("n_routed_experts", f.optional_integer("num_local_experts"), maximum=65536)
     f.choice("num_local_experts", (experts,), experts)
     return Routing(
         experts,

@@ -84,14 +84,14 @@ class Config:
         head_dim = f.integer("head_dim", hidden // heads)
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim = {head_dim} must be even")
-        experts = f.integer("num_local_experts", f.optional_integer("num_experts"))
+        experts = f.integer("num_local_experts", f.optional_integer("num_experts"), maximum=65536)
         f.choice("num_experts", (experts,), experts)
         top_k = f.integer("num_experts_per_tok", f.optional_integer("experts_per_token"))
         f.choice("experts_per_token", (top_k,), top_k)
         f.raw("initial_context_length")  # rope's original_max_position_embeddings says it
         if not config.get("rope_parameters") and not config.get("rope_scaling"):
             config = {**config, "rope_scaling": _DEFAULT_ROPE}
-        layers = f.integer("num_hidden_layers")
+        layers = f.layers()
         built = cls(
             model_type=model_type,
             vocab_size=f.integer("vocab_size"),

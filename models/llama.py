@@ -52,7 +52,7 @@ class Config:
         model_type = f.choice("model_type", ("llama", "mistral", "qwen2", "qwen3"))
         f.choice("hidden_act", ("silu",), "silu")
         hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
-        layers = f.integer("num_hidden_layers")
+        layers = f.layers()
         kv_default = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(model_type, heads)
         kv_heads = f.integer("num_key_value_heads", kv_default)
         if heads % kv_heads:

@@ -74,10 +74,10 @@ class Config:
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim = {head_dim} must be even")
         # transformers 5 writes num_local_experts, earlier releases num_experts.
-        experts = f.integer("num_experts", f.optional_integer("num_local_experts"))
+        experts = f.integer("num_experts", f.optional_integer("num_local_experts"), maximum=65536)
         f.choice("num_local_experts", (experts,), experts)
         window = f.optional_integer("sliding_window")
-        layers = f.integer("num_hidden_layers")
+        layers = f.layers()
         built = cls(
             model_type=model_type,
             vocab_size=f.integer("vocab_size"),

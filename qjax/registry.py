@@ -18,13 +18,13 @@ MODEL_MODULES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def model_module(model_type: str | None) -> ModuleType:
+def model_module(model_type: object) -> ModuleType:
     """The module that implements a model_type: it has `Config.from_hf` and `Model`.
 
     Raises:
         ValueError: If no family implements it.
     """
-    if model_type is None or model_type not in MODEL_MODULES:
+    if not isinstance(model_type, str) or model_type not in MODEL_MODULES:
         raise ValueError(
             f"config.json: model_type {model_type!r} is not supported; use one of {sorted(MODEL_MODULES)}"
         )
