@@ -76,11 +76,13 @@ class Fields:
             raise ValueError(f"config.json: {name} must be true or false; found {value!r}")
         return value
 
-    def optional_integer(self, name: str, *, minimum: int = 1) -> int | None:
-        """An integer field, or None where it is null or missing."""
+    def optional_integer(
+        self, name: str, missing: int | None = None, *, minimum: int = 1
+    ) -> int | None:
+        """An integer field, None where it is null, `missing` where it is not there."""
         self._taken.add(name)
         if self._config.get(name) is None:
-            return None
+            return None if name in self._config else missing
         return self.integer(name, minimum=minimum)
 
     def choice(self, name: str, allowed: tuple, default: Any = None) -> Any:

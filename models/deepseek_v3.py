@@ -95,7 +95,7 @@ class Config:
             rms_norm_eps=f.number("rms_norm_eps", 1e-6),
             max_position_embeddings=f.integer("max_position_embeddings"),
             rope=Rope.from_hf(config, rotated, interleaved=f.flag("rope_interleave", True)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=f.flag("tie_word_embeddings", False),
             attention_bias=f.flag("attention_bias", False),
             first_k_dense_replace=f.integer("first_k_dense_replace", 0, minimum=0),
             n_shared_experts=f.optional_integer("n_shared_experts", minimum=0) or 0,

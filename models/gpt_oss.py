@@ -104,7 +104,7 @@ class Config:
             rms_norm_eps=f.number("rms_norm_eps", 1e-5),
             max_position_embeddings=f.integer("max_position_embeddings"),
             rope=Rope.from_hf(config, head_dim, theta=150000.0),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=f.flag("tie_word_embeddings", False),
             attention_bias=f.flag("attention_bias", True),
             swiglu_alpha=f.number("swiglu_alpha", 1.702),
             swiglu_limit=f.number("swiglu_limit", 7.0),

@@ -75,7 +75,7 @@ class Config:
             rms_norm_eps=f.number("rms_norm_eps", 1e-6),
             max_position_embeddings=f.integer("max_position_embeddings"),
             rope=Rope.from_hf(config, head_dim),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=f.flag("tie_word_embeddings", False),
             qkv_bias=attention_bias or model_type == "qwen2",
             output_bias=attention_bias and model_type != "qwen2",
             mlp_bias=f.flag("mlp_bias", False),
@@ -88,7 +88,7 @@ class Config:
 
 def _sliding_windows(f: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     """Each layer's window: Mistral's everywhere, Qwen's by layer_types or from max_window_layers on."""
-    window = f.optional_integer("sliding_window")
+    window = f.optional_integer("sliding_window", 4096)
     types = f.raw("layer_types")
     if model_type in ("qwen2", "qwen3"):
         if not f.flag("use_sliding_window", False):

@@ -76,7 +76,7 @@ class Config:
         # transformers 5 writes num_local_experts, earlier releases num_experts.
         experts = f.integer("num_experts", f.optional_integer("num_local_experts"), maximum=65536)
         f.choice("num_local_experts", (experts,), experts)
-        window = f.optional_integer("sliding_window")
+        window = f.optional_integer("sliding_window", 4096)
         layers = f.layers()
         built = cls(
             model_type=model_type,
@@ -91,7 +91,7 @@ class Config:
             rms_norm_eps=f.number("rms_norm_eps", 1e-6),
             max_position_embeddings=f.integer("max_position_embeddings"),
             rope=Rope.from_hf(config, head_dim),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=f.flag("tie_word_embeddings", False),
             attention_bias=f.flag("attention_bias", False),
             sliding_window=window if f.flag("use_sliding_window", False) else None,
             routing=Routing(

@@ -77,7 +77,7 @@ class Rope:
         theta = fields.pop("rope_theta", config.get("rope_theta") or theta)
         if fields.pop("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
             raise ValueError("config.json: partial_rotary_factor is not supported")
-        if kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise ValueError(
                 f"config.json: rope_type {kind!r} is not supported; use one of {sorted(_KINDS)}"
             )
@@ -88,9 +88,9 @@ class Rope:
                 f"config.json: rope_type {kind!r} lacks {missing} or has unsupported fields {extra}"
             )
         values = {**fields, "rope_theta": theta}
-        wrong = [n for n, v in values.items() if not isinstance(v, int | float | None)]
-        wrong += [n for n, v in values.items() if n != "truncate" and v is not None and not v >= 0]
-        if wrong or not theta > 0 or fields.get("factor", 1) <= 0:
+        stated = {n: v for n, v in values.items() if n != "truncate" and v is not None}
+        numbers = all(isinstance(v, int | float) and v >= 0 for v in stated.values())
+        if not numbers or not theta > 0 or fields.get("factor", 1) <= 0:
             raise ValueError(f"config.json: rope fields must be positive numbers; found {values}")
         return cls(
             dim,
