@@ -10,8 +10,9 @@ import jax
 
 from qjax.checkpoint._fill import Checkpoint, Loader, Plan
 from qjax.checkpoint._gguf import GGUFFile
+from qjax.checkpoint._gpt_oss_original import OriginalGptOss, is_original
 from qjax.checkpoint._progress import progress_bar
-from qjax.checkpoint._read_folder import Folder, download
+from qjax.checkpoint._read_folder import Folder, download, read_json
 from qjax.nn import (
     CausalLM,
     Embedding,
@@ -74,14 +75,20 @@ def open_checkpoint(path: str | Path, *, progress: bool = True) -> Checkpoint:
         ggufs = sorted(local.glob("*.gguf"))
         if len(ggufs) == 1 and not (local / "config.json").exists():
             return GGUFFile(ggufs[0])
-        return Folder(local)
+        return _folder(local)
     if local.is_file():
         if local.suffix != ".gguf":
             raise ValueError(f"{path}: a model is a folder, a .gguf file or a hub id")
         return GGUFFile(local)
     if len(local.parts) > 2 or local.is_absolute() or str(path).startswith("."):
         raise ValueError(f"{path}: no such file or folder")
-    return Folder(download(str(path), progress=progress))
+    return _folder(download(str(path), progress=progress))
+
+
+def _folder(path: Path) -> Folder:
+    config = path / "config.json"
+    original = config.is_file() and is_original(read_json(config))
+    return OriginalGptOss(path) if original else Folder(path)
 
 
 def load(

@@ -1,12 +1,16 @@
 """Real exporters' folders against the logits recorded beside them."""
 
+import json
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from qjax.checkpoint import load
 from qjax.evaluation import forward
+from qjax.models import gpt_oss
 from qjax.nn import CausalLM, ExpertLinear, KVScale, Linear, modules
 from qjax.recipe import kv_cache_format
 
@@ -117,3 +121,39 @@ def test_bfloat16_compute(checkpoints_dir, name):
     found, expected = logits(model, arrays), arrays["logits"]
     limit = 2e-2 if name.startswith("ct") else 2e-1  # routes flip in bfloat16
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < limit
+
+
+def test_gpt_oss_in_openais_original_layout(checkpoints_dir, tmp_path):
+    """The same tensors under OpenAI's names, queries, keys and values in one."""
+    source = checkpoints_dir / "gpt_oss_mxfp4_tiny_h192"
+    config, tensors = json.loads((source / "config.json").read_text()), {}
+    stored = load_file(source / "model.safetensors")
+    names = gpt_oss.original_names(gpt_oss.Config.from_hf(config))
+    fused: dict[str, list[np.ndarray]] = {}
+    for name, tensor in stored.items():
+        original, rows = names[name]
+        if rows is None:
+            tensors[original] = tensor
+    for part in ("weight", "bias"):
+        for i in range(config["num_hidden_layers"]):
+            parts = [stored[f"model.layers.{i}.self_attn.{p}_proj.{part}"] for p in "qkv"]
+            fused[f"block.{i}.attn.qkv.{part}"] = parts
+    tensors |= {name: np.concatenate(parts) for name, parts in fused.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    rope = config.get("rope_scaling") or config["rope_parameters"]
+    same = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "head_dim",
+            "swiglu_limit", "num_attention_heads", "num_key_value_heads", "sliding_window")  # fmt: skip
+    original = {k: config[k] for k in same if k in config}
+    original |= {
+        "num_experts": config["num_local_experts"],
+        "experts_per_token": config["num_experts_per_tok"],
+        "initial_context_length": rope["original_max_position_embeddings"],
+        "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+        "rope_scaling_factor": rope["factor"],
+        "rope_ntk_alpha": rope["beta_slow"],
+        "rope_ntk_beta": rope["beta_fast"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(original))
+    arrays = reference(source)
+    model = load(tmp_path, dtype="float32", progress=False).model
+    assert np.abs(logits(model, arrays) - arrays["logits"]).max() < 1e-4
