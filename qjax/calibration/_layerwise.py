@@ -1,6 +1,7 @@
 """Calibrated quantization of a whole model, one decoder layer at a time."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 
 import jax
@@ -14,10 +15,12 @@ from qjax.calibration._awq import AWQ, clipped, scale_channels
 from qjax.calibration._gptq import GPTQ, gptq, output_error
 from qjax.calibration._observe import input_hessians, linears, run_layer
 from qjax.formats import QFormat
-from qjax.nn import CausalLM, QuantizedParam, modules
+from qjax.nn import CausalLM, ExpertLinear, QuantizedParam, modules
 from qjax.qarray import QArray
 from qjax.quantization import quantize
 from qjax.recipe import KVCacheFormat, QuantSpec
+
+_log = logging.getLogger(__name__)
 
 Method = GPTQ | AWQ | AutoRound
 
@@ -70,6 +73,8 @@ def calibrate(
             "calibrate: the model is quantized already; load it with plain weights (recipe 'bf16')"
         )
     formats = {p: s.weights for p, s in specs.items() if s.weights is not None}
+    if any(isinstance(module, ExpertLinear) for _, module in modules(model)):
+        _log.info("experts are rounded to nearest: calibration covers linear layers")
     rows = [jnp.asarray(token_windows[i : i + batch]) for i in range(0, len(token_windows), batch)]
     hidden = [model.model.embed_tokens(ids) for ids in rows]
     weights: dict[str, QArray] = {}
