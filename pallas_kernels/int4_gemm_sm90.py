@@ -47,6 +47,7 @@ from qjax.pallas_kernels._int4_gemm_registers_sm90 import BLOCK, WORDS, bias_of,
 from qjax.pallas_kernels._wgmma_sm90 import mixed_product
 
 MAX_SMEM = 227 * 1024
+MAX_SCALE_BYTES = 6 / 32  # a float32 scale and a zero point for each 32 weights
 COLUMNS = (8, 16, 32, 64, 128)
 X_DTYPES = ("bfloat16", "float16")
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
@@ -82,9 +83,13 @@ class TileConfig:
         """Columns of K in a pipeline stage."""
         return self.depth * self.parts
 
-    def smem_bytes(self) -> int:
-        """Shared memory for the stages and the epilogue, with 16-bit scales for each 32 columns."""
-        stage = self.step * (self.rows // 2 + 2 * self.columns + self.rows // 16)
+    def smem_bytes(self, scale_bytes: float) -> float:
+        """Shared memory for the stages and the epilogue.
+
+        Args:
+            scale_bytes: Bytes of scales and zero points for each weight.
+        """
+        stage = self.step * (self.rows * (0.5 + scale_bytes) + 2 * self.columns)
         epilogue = self.rows * self.columns * (2 + 4 * (self.parts - 1))
         return self.stages * stage + epilogue + 8 * 1024
 
@@ -164,13 +169,22 @@ def repack(
     return words.reshape(*words.shape[:2], 2, WORDS // 2), by_rows(scale), offsets
 
 
-def choose_tiles(m: int, n: int, k: int, *, num_sms: int) -> TileConfig:
+def choose_tiles(
+    m: int, n: int, k: int, *, num_sms: int, scale_bytes: float = MAX_SCALE_BYTES
+) -> TileConfig:
     """The tiling with the least modelled time; see `modelled_us`."""
-    return min(candidate_tiles(m, k), key=lambda c: modelled_us(c, m, n, k, num_sms=num_sms))
+    candidates = candidate_tiles(m, k, scale_bytes=scale_bytes)
+    return min(candidates, key=lambda c: modelled_us(c, m, n, k, num_sms=num_sms))
 
 
-def candidate_tiles(m: int, k: int) -> list[TileConfig]:
-    """The tilings worth considering, each with as many stages as fit, 10 at most."""
+def candidate_tiles(m: int, k: int, *, scale_bytes: float = MAX_SCALE_BYTES) -> list[TileConfig]:
+    """The tilings worth considering, each with as many stages as fit, 10 at most.
+
+    Args:
+        m: Tokens.
+        k: Columns.
+        scale_bytes: Bytes of scales and zero points for each weight.
+    """
     columns = next((c for c in COLUMNS if c >= m), COLUMNS[-1])
     shapes = [(1, 4), (2, 2), (4, 1)] if columns <= 64 else [(2, 1)]
     candidates = []
@@ -180,11 +194,11 @@ def candidate_tiles(m: int, k: int) -> list[TileConfig]:
         config = TileConfig(columns, blocks, parts, depth, 2, splits)
         while config.stages < 10:
             deeper = dataclasses.replace(config, stages=config.stages + 1)
-            if deeper.smem_bytes() > MAX_SMEM:
+            if deeper.smem_bytes(scale_bytes) > MAX_SMEM:
                 break
             config = deeper
         enough = splits == 1 or (k >= splits * config.step and m <= 256)
-        if enough and config.smem_bytes() <= MAX_SMEM:
+        if enough and config.smem_bytes(scale_bytes) <= MAX_SMEM:
             candidates.append(config)
     return candidates
 
@@ -240,7 +254,10 @@ def int4_gemm(
     """
     m, k = _check(x, codes, scale, zero_point, bias, n, group_size)
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
-    config = choose_tiles(m, n, k, num_sms=num_sms) if config is None else config
+    if config is None:
+        per_group = scale.dtype.itemsize + (0 if zero_point is None else 2)
+        scale_bytes = per_group / min(group_size, 128)
+        config = choose_tiles(m, n, k, num_sms=num_sms, scale_bytes=scale_bytes)
     if m > 8 and m % 8:  # a tiled TMA copy wants the array's rows in whole tiles
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
     group_size = k if group_size == k else min(group_size, 128)
@@ -579,7 +596,5 @@ def _fence() -> None:
 def _load_weights(codes_smem, first: int, width: int, dtype, zero_point: Array | None) -> Array:
     """Differences q - zero_point of columns first to first + width: [64, width] in ``Layout.WGMMA``."""
     words = plgpu.load(codes_smem, layout=plgpu.Layout.WG_STRIDED(codes_smem.shape, vec_size=4))
-    offset = None
-    if zero_point is not None:
-        offset = (zero_point + bias_of(dtype)).astype(dtype)
+    offset = None if zero_point is None else (zero_point + bias_of(dtype)).astype(dtype)
     return dequantize(words, dtype, offset, first=first, width=width)

@@ -27,6 +27,7 @@ from qjax.pallas_kernels.fp8_quantize_sm90 import (
     padded_rows,
 )
 from qjax.pallas_kernels.fp8_rowwise_gemm_sm90 import fp8_rowwise_gemm
+from qjax.pallas_kernels.int4_gemm_sm90 import int4_gemm, repack
 from qjax.pallas_kernels.int4_mixed_gemm_sm90 import int4_mixed_gemm
 from qjax.pallas_kernels.paged_attention_fp8_sm90 import paged_decode_attention
 
@@ -53,6 +54,7 @@ class Case:
         flops: Arithmetic that the case needs.
         nbytes: Bytes that the case must move: each input read and each output written once.
         unit: Which ceiling is its measure: "fp8", "bf16" (TFLOP/s) or "copy" (GB/s).
+        peer_op: Op under which the peers' times of the same product are filed; default `op`.
     """
 
     op: str
@@ -64,6 +66,7 @@ class Case:
     flops: float
     nbytes: float
     unit: str
+    peer_op: str | None = None
 
 
 def relative_error(out: jax.Array, expected: jax.Array) -> float:
@@ -114,7 +117,7 @@ def fp8_gemm_case(op: str, m: int, n: int, k: int, config=None) -> Case:
     )
 
 
-def int4_case(m: int, n: int, k: int, group: int) -> Case:
+def int4_case(m: int, n: int, k: int, group: int, op: str = "int4_mixed_gemm") -> Case:
     """A product of bf16 activations and symmetric INT4 weights, random data."""
     keys = jax.random.split(jax.random.key(m + n + k), 3)
     x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
@@ -126,16 +129,23 @@ def int4_case(m: int, n: int, k: int, group: int) -> Case:
         w = q * jnp.repeat(scale.astype(jnp.float32), group, axis=1)
         return relative_error(out, float32_product(x.astype(jnp.float32), w))
 
+    fn, args = jax.jit(int4_mixed_gemm), (x, codes, scale)
+    if op == "int4_gemm":
+        packed, by_rows, _ = jax.jit(lambda c, s: repack(c, s, group_size=group))(codes, scale)
+        fn = jax.jit(lambda *args: int4_gemm(*args, n=n, group_size=group))
+        args = (x, packed, by_rows)
+
     return Case(
-        op="int4_mixed_gemm",
+        op=op,
         format=f"int4_1x{group}",
         shape={"m": m, "n": n, "k": k},
-        fn=jax.jit(int4_mixed_gemm),
-        args=(x, codes, scale),
+        fn=fn,
+        args=args,
         error=error,
         flops=2.0 * m * n * k,
         nbytes=n * k / 2 + 2.0 * (m * k + m * n + scale.size),
         unit="bf16",
+        peer_op="int4_mixed_gemm",
     )
 
 
@@ -223,13 +233,14 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
                 for n, k in sizes
                 for m in tokens
             ]
-    if "int4_mixed_gemm" in ops:
-        makers += [
-            lambda m=m, n=n, k=k, group=group: int4_case(m, n, k, group)
-            for n, k in INT4_NK
-            for group in (128, 32)
-            for m in tokens
-        ]
+    for op in ("int4_gemm", "int4_mixed_gemm"):
+        if op in ops:
+            makers += [
+                lambda op=op, m=m, n=n, k=k, group=group: int4_case(m, n, k, group, op)
+                for n, k in INT4_NK
+                for group in (128, 32)
+                for m in tokens
+            ]
     if "paged_attention" in ops:
         makers += [lambda b=b, context=context: decode_case(b, context) for b, context in DECODE]
     for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
@@ -245,6 +256,7 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
 OPS = (
     "fp8_block_gemm",
     "fp8_rowwise_gemm",
+    "int4_gemm",
     "int4_mixed_gemm",
     "paged_attention",
     "fp8_quantize_1x128",
@@ -279,7 +291,7 @@ def measure(case: Case, ceilings: dict[str, float], peers, stamp: dict, calls: i
     known = [
         (peer, path.name)
         for path, times in peers.items()
-        if (peer := testing.fastest_peer(times, case.op, case.format, case.shape))
+        if (peer := testing.fastest_peer(times, case.peer_op or case.op, case.format, case.shape))
     ]
     peer, source = min(known, key=lambda p: p[0].time_us, default=(None, None))
     return testing.BenchmarkRecord(

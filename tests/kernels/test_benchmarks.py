@@ -81,7 +81,7 @@ def test_peers_are_found_by_op_format_and_shape():
 
 def test_every_case_has_a_maker():
     makers = bench.cases(bench.OPS, (1, 16))
-    assert len(makers) == 2 * (6 + 9 + 2 * 5 + 3 + 3) + 12
+    assert len(makers) == 2 * (6 + 9 + 2 * 2 * 5 + 3 + 3) + 12
 
 
 def test_an_int4_products_record(on_cpu):
