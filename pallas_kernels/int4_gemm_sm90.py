@@ -412,8 +412,7 @@ def _kernel(gmem, outputs, smem, *, names, streams, config: TileConfig, group_si
 
     @pl.when(wg == warpgroups)
     def producer():
-        # Five warpgroups start with 96 registers a thread: 4 * 112 + 32 is all there is.
-        plgpu.set_max_registers(32 if warpgroups == 4 else 40, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
 
         def load_tile(i, count):
             row, column = tile(i)
@@ -453,7 +452,7 @@ def _kernel(gmem, outputs, smem, *, names, streams, config: TileConfig, group_si
 
     @pl.when(wg < warpgroups)
     def math():
-        plgpu.set_max_registers(112 if warpgroups == 4 else 232, action="increase")
+        plgpu.set_max_registers(104 if warpgroups == 4 else 232, action="increase")
         grouped = "scale" in streams
         width = group_size if grouped else 128
         part_groups = config.depth // width
