@@ -128,8 +128,11 @@ def compute_grid(
     scale = _divide(amax, jnp.float32(half_range))
     if format.global_scale:
         if global_scale is None:
-            largest = jnp.max(amax, axis=(-2, -1), keepdims=True)
-            divisor = ELEMENTS["float8_e4m3fn"].max * element.max / _at_least_tiny(largest)
+            # A block with NaN has a NaN scale of its own; the matrix's must not follow it.
+            counted = jnp.where(jnp.isnan(amax), 0.0, amax)
+            largest = jnp.max(counted, axis=(-2, -1), keepdims=True)
+            end = ELEMENTS["float8_e4m3fn"].max * element.max
+            divisor = end / jnp.maximum(largest, end * float(jnp.finfo(jnp.float32).tiny))
             # The reciprocal of a float32 divisor, so that exporters that store the divisor round-trip; the
             # barrier keeps XLA from simplifying 1 / (a / b) to b / a, which is no float's reciprocal.
             divisor = jax.lax.optimization_barrier(divisor)
@@ -272,7 +275,10 @@ def _reduce_blocks(x: Array, format: QFormat, reduce) -> Array:
     rows, cols = format.scale_shape(x.shape)[-2:]
     # Zeros fill a short last block: they change neither amax nor a range that includes 0.
     x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, rows * bn - n), (0, cols * bk - k)])
-    return reduce(x.reshape(*lead, rows, bn, cols, bk), axis=(-3, -1))
+    x = x.reshape(*lead, rows, bn, cols, bk)
+    # XLA's vectorized maximum on a CPU passes over NaN.
+    nan = jnp.any(jnp.isnan(x), axis=(-3, -1))
+    return jnp.where(nan, jnp.nan, reduce(x, axis=(-3, -1)))
 
 
 def _store_scale(scale: Array, amax: Array, dtype: str) -> Array:
@@ -322,10 +328,6 @@ def _divide(x: Array, divisor: Array) -> Array:
     fourth value and on the other side of ties; the barrier hides the broadcast.
     """
     return x / jax.lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
-
-
-def _at_least_tiny(x: Array) -> Array:
-    return jnp.maximum(x, float(jnp.finfo(jnp.float32).tiny))
 
 
 __all__ = [

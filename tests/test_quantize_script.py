@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from checkpoint.model_bits import assert_same_bits, variables
 from references.write_folder import load_case, write_folder
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from qjax import checkpoint
 from qjax.qarray import QArray
@@ -29,6 +32,10 @@ def script(name: str):
 def source(tmp_path_factory) -> Path:
     folder = write_folder(load_case(CASE), tmp_path_factory.mktemp("source") / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    words = ["[UNK]", "the", "of", "a", "is", "to", "and", "in"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -61,9 +68,35 @@ def test_written_folder_reads_back_bit_for_bit(source, tmp_path, capsys, name, f
 def test_kv_cache_is_stated_and_read_back(source, tmp_path):
     out = tmp_path / "out"
     options = ["--model", str(source), "--recipe", "bf16", "--kv-cache", "fp8_e4m3"]
+    options += ["--calibration-tokens", "64", "--window", "32"]
     assert script("quantize").main([*options, "--out", str(out), "--quiet"]) == 0
     loaded = checkpoint.load(out, progress=False)
     assert loaded.recipe.kv_cache == recipe("bf16", kv_cache="fp8_e4m3").kv_cache
+    scale = float(loaded.model.model.layers[0].self_attn.k_scale.get_value()[0])
+    assert 1e-4 < scale < 0.5  # calibrated: the default is 1
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "autoround"])
+def test_calibrated_methods_write_what_they_built(source, tmp_path, capsys, method):
+    out, nearest = tmp_path / "out", tmp_path / "nearest"
+    options = ["--model", str(source), "--recipe", "W4A16_G32", "--quiet"]
+    calibrated = [
+        "--method",
+        method,
+        "--calibration-tokens",
+        "64",
+        "--window",
+        "32",
+        "--steps",
+        "2",
+    ]
+    assert script("quantize").main([*options, "--out", str(nearest)]) == 0
+    assert script("quantize").main([*options, *calibrated, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("\n") == 2
+    got, plain = (checkpoint.load(f, progress=False).model for f in (out, nearest))
+    ids = jnp.arange(8, dtype=jnp.int32)[None]
+    assert np.isfinite(got(ids)[0]).all()
+    assert not np.array_equal(got(ids)[0], plain(ids)[0])
 
 
 def test_convert_keeps_codes_and_dequantizes(source, tmp_path, capsys):

@@ -75,8 +75,8 @@ def test_axes_follow_rules_and_indivisible_ones_are_replicated(caplog):
     assert sharding.axis("heads", 8) == "tensor" and sharding.axis("batch", 2) == "data"
     assert sharding.axis("embed", 64) is None and sharding.axis("expert", 8) is None
     with caplog.at_level(logging.INFO, logger="qjax"):
-        assert sharding.axis("heads", 9) is None and sharding.axis("heads", 9) is None
-    assert caplog.messages == ["heads (9) is not divisible by the mesh's tensor=4: replicated"]
+        assert sharding.axis("heads", 13) is None and sharding.axis("heads", 13) is None
+    assert caplog.messages == ["heads (13) is not divisible by the mesh's tensor=4: replicated"]
     with pytest.raises(ValueError, match="unknown logical axis 'head'"):
         sharding.axis("head", 8)
     with pytest.raises(ValueError, match="a mesh axis occurs twice"):

@@ -68,12 +68,12 @@ def run_layer(layer: nnx.Module) -> Callable[[Array], Array]:
 
 # Compiled once for all layers of one shape: equal graph definitions are one static argument.
 @functools.partial(jax.jit, static_argnums=0)
-def _run(graphdef: nnx.GraphDef, state: nnx.State, x: Array) -> Array:
+def _run(graphdef: nnx.GraphDef, state: Any, x: Array) -> Array:
     return nnx.merge(graphdef, state)(x, positions(*x.shape[:2]), None)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(graphdef: nnx.GraphDef, sums: nnx.State, rest: nnx.State, x: Array) -> nnx.State:
+def _observe(graphdef: nnx.GraphDef, sums: Any, rest: Any, x: Array) -> Any:
     observed = nnx.merge(graphdef, sums, rest)
     observed(x, positions(*x.shape[:2]), None)
     return nnx.split(observed, InputStatistic, ...)[1]

@@ -115,7 +115,7 @@ def test_activation_and_layer_types_are_checked(family):
 
 
 def test_an_unknown_model_type_names_the_known_ones():
-    with pytest.raises(ValueError, match="gemma3.*llama"):
+    with pytest.raises(ValueError, match=r"gemma3.*llama"):
         model_module("gemma3")
 
 
