@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qjax.checkpoint import load
@@ -58,6 +59,8 @@ def test_nvfp4_on_weights_rounded_as_the_reference_has_them(checkpoints_dir, nam
     """compressed-tensors decompresses NVFP4 to bfloat16, and so are the recorded logits' weights."""
     arrays = reference(checkpoints_dir / name)
     exact = load(checkpoints_dir / name, dtype="float32", progress=False).model
+    quantized = dict(modules(exact))
+    activations = {p: m.activation_format for p, m in quantized.items() if isinstance(m, Linear)}
     float_activations(exact)
     drift = np.linalg.norm(logits(exact, arrays) - arrays["logits"])
     assert drift / np.linalg.norm(arrays["logits"]) < 5e-3
@@ -67,6 +70,12 @@ def test_nvfp4_on_weights_rounded_as_the_reference_has_them(checkpoints_dir, nam
             w = np.asarray(module.weight.get_value()).astype(ml_dtypes.bfloat16)
             module.weight.set_value(jnp.asarray(w.astype(np.float32)))
     assert np.abs(logits(rounded, arrays) - arrays["logits"]).max() < 1e-4
+    if "logits_actq" in arrays:
+        for path, module in modules(rounded):
+            if isinstance(module, Linear):
+                module.activation_format = activations[path]
+                module.activation_scale = nnx.data(quantized[path].activation_scale)
+        assert np.abs(logits(rounded, arrays) - arrays["logits_actq"]).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
