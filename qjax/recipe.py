@@ -96,7 +96,7 @@ class Rule:
     """Modules and what happens to them.
 
     Attributes:
-        targets: Exact module paths, class words ("Linear", "Experts", "Embed"), or ``re:`` patterns that
+        targets: Exact module paths, class words ("Linear", "Experts", "Embedding"), or ``re:`` patterns that
             match a whole path.
         spec: The quantization.
     """

@@ -78,7 +78,8 @@ def _packed(tensors: Tensors, format: QFormat, shape: tuple[int, ...]) -> Parts:
         if zero.dtype == np.int32:  # packed along the rows
             dense, padded = -(-n * bits // 32), -(-n // (32 // bits))
             groups = format.scale_shape(shape)[1]
-            legacy = zero.shape == (padded, groups) and padded != dense
+            # Where both packings fill as many words, zero points are packed as the weight is.
+            legacy = zero.shape == (padded, groups) and (padded != dense or legacy)
             if not legacy:
                 check_shape(tensors, "weight_zero_point", (dense, groups))
             unsigned = _codes(zero.T, bits, n, legacy)

@@ -50,7 +50,7 @@ def scalar(tensors: Tensors, name: str) -> np.ndarray:
     """
     if tensors[name].size != 1:
         raise ValueError(f"{name} must hold one value; found {list(tensors[name].shape)}")
-    return tensors[name].reshape(()).astype(np.float32)
+    return np.asarray(tensors[name], np.float32).reshape(())
 
 
 def reciprocal(value: np.ndarray, name: str) -> np.ndarray:
