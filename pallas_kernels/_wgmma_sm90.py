@@ -23,13 +23,17 @@ _PTX_TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16"
 _K_BYTES = 32  # of one instruction
 
 
-def fp8_product(left, right, *, swizzle: int, recycle: Array | None = None) -> Array:
+def fp8_product(
+    left, right, *, swizzle: int, tiled: bool = True, recycle: Array | None = None
+) -> Array:
     """left @ right.T in float32.
 
     Args:
         left: Shared memory [64, K], e4m3 or e5m2, tiled (8, swizzle) and swizzled.
         right: Shared memory [N, K], likewise; N a multiple of 8 up to 256.
         swizzle: Bytes: 32, 64 or 128.
+        tiled: False if the operands are swizzled without tiling. With K = swizzle the bytes are the same,
+            but TMA may then start at any row of an array, not only at every eighth.
         recycle: An earlier product whose registers may hold this one.
 
     Returns:
@@ -43,7 +47,10 @@ def fp8_product(left, right, *, swizzle: int, recycle: Array | None = None) -> A
         return emit(left, right, recycle)
 
     product.interpret_impl = lambda left, right, *recycle: _reference(left, right)  # pyright: ignore[reportFunctionMemberAccess]
-    ref = _tiled(left.dtype, swizzle)
+    if tiled:
+        ref = _tiled(left.dtype, swizzle)
+    else:
+        ref = plgpu.RefType((plgpu.SwizzleTransform(swizzle),))
     return _inline(product, (ref, ref), (left, right), recycle, right.shape[0])
 
 
@@ -94,7 +101,7 @@ def _inline(product, arg_types, args, recycle: Array | None, columns: int) -> Ar
 def _emit(left, right, recycle, *, types, swizzle: int, first: int) -> fa.FragmentedArray:
     """The instructions of one product: fence, K/k of them, commit, wait."""
     itemsize = 2 if types[0] in ("bf16", "f16") else 1
-    (columns, _), _ = mma_utils.tiled_memref_shape(right)
+    columns = _shape(right)[0]
     count, layout, f32 = columns // 2, fa.WGMMA_LAYOUT_ACC_32BIT, ir.F32Type.get()
     recycled = [_scalar(r) for a in recycle for r in a.to_layout(layout).registers.flat]
     in_registers = isinstance(left, fa.FragmentedArray)
@@ -106,10 +113,9 @@ def _emit(left, right, recycle, *, types, swizzle: int, first: int) -> fa.Fragme
         flags = "1, 1, 0"
     else:
         base, left_stride = _descriptor(left, swizzle, itemsize, 64, is_right=False)
-        (_, depth), _ = mma_utils.tiled_memref_shape(left)
+        depth = _shape(left)[1]
         words, flags = [base], "1, 1"
-    transposed = utils.memref_transpose(right, (1, 0, 3, 2))
-    right_base, right_stride = _descriptor(transposed, swizzle, itemsize, columns, is_right=True)
+    right_base, right_stride = _descriptor(right, swizzle, itemsize, columns, is_right=True)
 
     operand = count + len(recycled)  # each recycled register is an input tied to an output
     right_operand = operand + len(words)
@@ -152,9 +158,24 @@ def _emit(left, right, recycle, *, types, swizzle: int, first: int) -> fa.Fragme
     return array.to_layout(fa.WGMMA_LAYOUT)
 
 
+def _shape(ref: ir.Value) -> tuple[int, int]:
+    """Rows and columns of an operand in shared memory."""
+    if ref.type.rank == 2:
+        return tuple(ref.type.shape)
+    return mma_utils.tiled_memref_shape(ref)[0]
+
+
 def _descriptor(ref, swizzle: int, itemsize: int, rows: int, *, is_right: bool):
-    """The matrix descriptor of a tiled operand, and the bytes between its swizzle-wide column groups."""
+    """The matrix descriptor of an operand, and the bytes between its swizzle-wide column groups."""
     width = swizzle // itemsize
+    if ref.type.rank == 2:  # not tiled: one column group, whose atoms of 8 rows follow one another
+        assert _shape(ref)[1] == width, f"an untiled operand has {width} columns: {ref.type}"
+        base = mma_utils.encode_descriptor(
+            ref, leading_byte_offset=0, stride_byte_offset=8 * swizzle, swizzle=swizzle
+        )
+        return base, 0
+    if is_right:
+        ref = utils.memref_transpose(ref, (1, 0, 3, 2))
     (base, _), (_, stride), fastest = mma_utils.create_descriptor(
         ref,
         swizzle=swizzle,
