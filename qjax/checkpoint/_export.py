@@ -113,6 +113,10 @@ def _units(
     for name, variable in parameters.items():
         path, _, leaf = name.rpartition(".")
         layer, value = found.get(path), variable.get_value()
+        if isinstance(variable, nnx.LoRAParam):
+            raise ValueError(
+                f"export: {name} is an adapter's; merge_lora(model) before exporting it"
+            )
         if layer is not None and leaf == "weight":
             for i in range(len(layer.names)):
                 if path in plan.encoders:

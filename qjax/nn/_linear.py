@@ -58,11 +58,12 @@ class Linear(nnx.Module):
         self.in_axis, self.out_axis = in_axis, out_axis
         self.sharding = context.sharding
         self.implementation = context.implementation
+        self.lora: nnx.Module | None = nnx.data(None)  # a trained update: `qjax.qat.add_lora`
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         """The product in x's dtype."""
         scale = None if self.activation_scale is None else self.activation_scale.get_value()
-        return sharded_dot(
+        y = sharded_dot(
             x,
             self.weight.get_value(),
             bias=None if self.bias is None else self.bias.get_value(),
@@ -73,6 +74,7 @@ class Linear(nnx.Module):
             out_axis=self.out_axis,
             implementation=self.implementation,
         )
+        return y if self.lora is None else y + self.lora(x)
 
 
 def sharded_dot(
