@@ -216,5 +216,5 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="has an adapter already"):
         add_lora(model, 4, key=key)
     with pytest.raises(ValueError, match=r"q_proj.lora.a is an adapter's; merge_lora"):
-        export(model, tmp_path / "out", source=CONFIG, progress=False)
+        export(model, tmp_path / "out", format="bf16", source=CONFIG, progress=False)
     assert not (tmp_path / "out").exists()
