@@ -6,8 +6,10 @@ Needs a Hopper GPU. Prints one table and appends a JSON line for each case.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qjax import testing
-from qjax.pallas_kernels import _fp8_gemm_sm90
+from qjax.pallas_kernels import _fp8_gemm_sm90, int4_gemm_sm90
 from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
 from qjax.pallas_kernels.fp8_quantize_sm90 import (
     fp8_quantize_1x128,
@@ -117,7 +119,7 @@ def fp8_gemm_case(op: str, m: int, n: int, k: int, config=None) -> Case:
     )
 
 
-def int4_case(m: int, n: int, k: int, group: int, op: str = "int4_mixed_gemm") -> Case:
+def int4_case(m: int, n: int, k: int, group: int, op: str = "int4_mixed_gemm", config=None) -> Case:
     """A product of bf16 activations and symmetric INT4 weights, random data."""
     keys = jax.random.split(jax.random.key(m + n + k), 3)
     x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
@@ -132,7 +134,7 @@ def int4_case(m: int, n: int, k: int, group: int, op: str = "int4_mixed_gemm") -
     fn, args = jax.jit(int4_mixed_gemm), (x, codes, scale)
     if op == "int4_gemm":
         packed, by_rows, _ = jax.jit(lambda c, s: repack(c, s, group_size=group))(codes, scale)
-        fn = jax.jit(lambda *args: int4_gemm(*args, n=n, group_size=group))
+        fn = jax.jit(lambda *args: int4_gemm(*args, n=n, group_size=group, config=config))
         args = (x, packed, by_rows)
 
     return Case(
@@ -310,26 +312,46 @@ def measure(case: Case, ceilings: dict[str, float], peers, stamp: dict, calls: i
     )
 
 
-def sweep(op: str, tokens: Sequence[int], calls: int, console: Console) -> None:
-    """Prints the time of each candidate tiling beside its model, the chosen one marked."""
-    for n, k in DEEPSEEK_NK:
+def tilings(op: str, m: int, n: int, k: int) -> list[tuple[float, Callable[[], Case], object]]:
+    """(modelled microseconds, maker of the case, tiling) of each candidate, the chosen one first."""
+    num_sms = jax.devices()[0].core_count
+    if op == "int4_gemm":
+        candidates = int4_gemm_sm90.candidate_tiles(m, k, scale_bytes=2 / 128)
+        model = int4_gemm_sm90.modelled_us
+    else:
+        candidates = _fp8_gemm_sm90.candidate_tiles(m, k)
+        model = _fp8_gemm_sm90.modelled_us
+
+    def case(config) -> Case:
+        if op == "int4_gemm":
+            return int4_case(m, n, k, 128, op, config)
+        return fp8_gemm_case(op, m, n, k, config)
+
+    rows = [(model(c, m, n, k, num_sms=num_sms), functools.partial(case, c), c) for c in candidates]
+    return sorted(rows, key=lambda row: row[0])
+
+
+def sweep(op: str, tokens: Sequence[int], calls: int, most: int, console: Console) -> None:
+    """Prints the times of the candidate tilings beside their model, of which the first is what the op chooses.
+
+    Compiles in parallel: a kernel's compilation is mostly ptxas, a process of its own.
+    """
+    for n, k in INT4_NK if op == "int4_gemm" else DEEPSEEK_NK:
         for m in tokens:
-            num_sms = jax.devices()[0].core_count
-            chosen = _fp8_gemm_sm90.choose_tiles(m, n, k, num_sms=num_sms)
-            times = []
-            for config in _fp8_gemm_sm90.candidate_tiles(m, k):
-                case = fp8_gemm_case(op, m, n, k, config)
-                us = testing.measure_kernel_us(
-                    case.fn, testing.rotate_inputs(case.args), calls=calls
+            rows = tilings(op, m, n, k)[:most]
+            cases = [make() for _, make, _ in rows]
+            inputs = testing.rotate_inputs(cases[0].args)
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                list(pool.map(lambda case: jax.block_until_ready(case.fn(*case.args)), cases))
+            times = [testing.measure_kernel_us(case.fn, inputs, calls=calls) for case in cases]
+            for i in sorted(range(len(rows)), key=lambda i: times[i])[:6]:
+                modelled, _, config = rows[i]
+                mark = " <- chosen" if i == 0 else ""
+                console.print(
+                    f"{op} {m} {n} {k} {times[i]:8.1f} us, modelled {modelled:8.1f} {config}{mark}",
+                    soft_wrap=True,
                 )
-                modelled = _fp8_gemm_sm90.modelled_us(config, m, n, k, num_sms=num_sms)
-                times.append((us, modelled, config))
-            for us, modelled, config in sorted(times, key=lambda t: t[0])[:4]:
-                mark = "chosen" if config == chosen else ""
-                console.print(f"{m} {n} {k} {us:8.1f} us, modelled {modelled:8.1f} {config} {mark}")
-            if chosen not in [t[2] for t in sorted(times, key=lambda t: t[0])[:4]]:
-                us = next(t[0] for t in times if t[2] == chosen)
-                console.print(f"{m} {n} {k} {us:8.1f} us {chosen} chosen, not among the best four")
+            console.print(f"{op} {m} {n} {k} chosen {times[0]:8.1f} us, best {min(times):8.1f}")
 
 
 def render(records: Sequence[testing.BenchmarkRecord], ceilings: dict[str, float]) -> Table:
@@ -363,7 +385,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", type=Path, help="peers measured in this session (benchmarks/torch_peers.py)"
     )
-    parser.add_argument("--sweep", action="store_true", help="time every candidate tiling instead")
+    parser.add_argument(
+        "--sweep",
+        type=int,
+        metavar="MOST",
+        help="time so many candidate tilings instead, the ones modelled fastest",
+    )
     return parser.parse_args(argv)
 
 
@@ -376,8 +403,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     console = Console(width=160)
     if arguments.sweep:
-        for op in set(arguments.ops) & {"fp8_block_gemm", "fp8_rowwise_gemm"}:
-            sweep(op, arguments.tokens, arguments.calls, console)
+        for op in set(arguments.ops) & {"fp8_block_gemm", "fp8_rowwise_gemm", "int4_gemm"}:
+            sweep(op, arguments.tokens, arguments.calls, arguments.sweep, console)
         return
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
