@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax.pallas_kernels._wgmma_sm90 import fp8_product
+from qjax.pallas_kernels._wgmma_sm90 import fp8_product, load_columns
 
 BLOCK_K = 128
 MAX_SMEM = 227 * 1024
@@ -72,8 +72,17 @@ class GroupedTileConfig:
 
     @property
     def scale_slots(self) -> int:
-        """Scales of x in a stage; a TMA destination must be 128-byte aligned in every stage."""
-        return pl.cdiv(self.tokens, 32) * 32
+        """Scales of x in a stage, from up to three rows before the tile.
+
+        TMA reads from multiples of 16 bytes (or it is an illegal instruction) and writes to multiples of 128.
+        """
+        return pl.cdiv(self.tokens + 3, 32) * 32
+
+    @property
+    def scale_copies(self) -> list[tuple[int, int]]:
+        """First slot and number of slots of each copy of scales; TMA moves at most 256 elements."""
+        slots = self.scale_slots
+        return [(begin, min(256, slots - begin)) for begin in range(0, slots, 256)]
 
     def smem_bytes(self) -> int:
         """Shared memory for the operand stages and the epilogue."""
@@ -175,7 +184,9 @@ def _scratch(config: GroupedTileConfig, x_dtype, w_dtype, out_dtype, scaling: Sc
         empty = plgpu.ClusterBarrier(collective_axes=("cluster",), **arrivals)
     else:
         empty = plgpu.Barrier(**arrivals)
-    stages, copies = config.stages, 3 if scaling == "block" else 2
+    stages, copies = config.stages, 2
+    if scaling == "block":
+        copies += len(config.scale_copies)
     scratch = dict(
         x_smem=plgpu.SMEM((stages, config.tokens, BLOCK_K), x_dtype, transforms=swizzled),
         w_smem=plgpu.SMEM((stages, config.weights, BLOCK_K), w_dtype, transforms=swizzled),
@@ -275,10 +286,11 @@ def _kernel(
                     w_smem.at[slot],
                     full.at[slot],
                 )
-                if scaling == "block":
+                for begin, size in config.scale_copies if scaling == "block" else ():
+                    first = tile.first - lax.rem(tile.first, 4) + begin
                     plgpu.copy_gmem_to_smem(
-                        gmem["x_scale"].at[step, pl.ds(tile.first, config.scale_slots)],
-                        scale_smem.at[slot],
+                        gmem["x_scale"].at[step, pl.ds(first, size)],
+                        scale_smem.at[slot, pl.ds(begin, size)],
                         full.at[slot],
                     )
                 return count + 1
@@ -335,8 +347,7 @@ def _multiply(tile: _Tile, steps, count, tokens: int, *, wg, gmem, smem, barrier
     columns = tokens if config.swap else config.weights
     pieces = config.sub if config.swap else tokens // (64 * config.warpgroups)
     # x's scales run along the tile's columns if it is the right operand, else along its rows.
-    x_axis = 1 if config.swap else 0
-    x_layout = plgpu.Layout.WGMMA.reduce(1 - x_axis)
+    x_axis, shift = 1 if config.swap else 0, lax.rem(tile.first, 4)
     weight = tile.weight + (_left_row(0, wg, config) if config.swap else 0)
 
     def w_scale(step):
@@ -352,13 +363,14 @@ def _multiply(tile: _Tile, steps, count, tokens: int, *, wg, gmem, smem, barrier
         plgpu.barrier_wait(full.at[slot])
         new_sums, product = [], None
         for j, total in enumerate(sums):
-            piece = pl.ds(_left_row(j, wg, config), 64)
-            scales = None
-            if scale_smem is not None:
-                where = pl.ds(0, columns) if config.swap else piece
-                scales = plgpu.load(scale_smem.at[slot, where], layout=x_layout)
+            row, scales = _left_row(j, wg, config), None
+            if scale_smem is not None and config.swap:
+                scales = load_columns(scale_smem.at[slot, pl.ds(shift, columns)])
+            elif scale_smem is not None:
+                ref = scale_smem.at[slot, pl.ds(shift + row, 64)]
+                scales = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
             part = product = fp8_product(
-                left_smem.at[slot, piece],
+                left_smem.at[slot, pl.ds(row, 64)],
                 right_smem.at[slot, pl.ds(0, columns)],
                 swizzle=128,
                 tiled=False,
@@ -381,8 +393,11 @@ def _store(sums, tile: _Tile, gmem, out_gmem, out_smem, wg, config: GroupedTileC
     group = lax.min(tile.group, groups - 1)
 
     def vector(ref, first, shape, axis):
-        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-        values = plgpu.load(ref.at[pl.ds(first, shape[axis])], layout=layout, optimized=False)
+        ref = ref.at[pl.ds(first, shape[axis])]
+        if axis:
+            values = load_columns(ref)
+        else:
+            values = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         return lax.broadcast_in_dim(values, shape, [axis])
 
     def finish(values, token, weight):

@@ -5,7 +5,7 @@ products in one loop body, LLVM shares the register that holds the zero, ptxas t
 second sum starts at zero, and spends a move for each of its registers and spills (ptxas 13.5: 64 moves and up
 to 170 registers spilled for 64x128). Here the first instruction has scale-d = false: it ignores the register.
 
-Both functions return complete sums (they wait), so a register operand may be overwritten afterwards.
+Both products return complete sums (they wait), so a register operand may be overwritten afterwards.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 _PTX_TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16", "float16": "f16"}
 _K_BYTES = 32  # of one instruction
@@ -80,6 +80,35 @@ def mixed_product(left: Array, right, *, first: int, recycle: Array | None = Non
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     arg_types = (plgpu.Layout.WGMMA, _tiled(left.dtype, 128))
     return _inline(product, arg_types, (left, right), recycle, right.shape[0])
+
+
+def load_columns(ref) -> Array:
+    """A vector for the columns of a sum, from any address.
+
+    `plgpu.load` reads it in pairs, which a start at an odd element would misalign.
+
+    Args:
+        ref: Shared or global memory [N], float32; N a multiple of 8.
+
+    Returns:
+        [N] in ``Layout.WGMMA.reduce(0)``.
+    """
+
+    def load(ctx, ref):
+        del ctx
+        layout, f32 = fa.WGMMA_COL_LAYOUT, ir.F32Type.get()
+        shape = tuple(ir.MemRefType(ref.type).shape)
+        one = arith.constant(ir.IndexType.get(), 1)
+        values = np.empty(layout.registers_shape(shape), dtype=object)
+        for at, (i,) in zip(np.ndindex(values.shape), layout.thread_idxs(shape), strict=True):
+            pair = [memref.load(ref, [j]) for j in (i, arith.addi(i, one))]
+            values[at] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
+        return fa.FragmentedArray(_registers=values, _layout=layout, _is_signed=None)
+
+    load.interpret_impl = lambda ref: ref  # pyright: ignore[reportFunctionMemberAccess]
+    layout = plgpu.Layout.WGMMA.reduce(0)
+    out = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=layout)
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=out)(load)(ref)
 
 
 def _reference(left: Array, right: Array) -> Array:
