@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from qjax.formats import ActivationFormat
-from qjax.ops._dispatch import choose, device_reason
+from qjax.ops._dispatch import choose
+from qjax.ops._dot_kernels import kernel_of, product, unsupported_reason
 from qjax.qarray import QArray, dequantize_stored
 from qjax.quantization import quantize_activation
 
@@ -56,20 +57,39 @@ def dot(
             raise ValueError("dot: permute x's columns by w.column_perm before quantizing x")
         x = jnp.take(x, w.column_perm, axis=-1)
         w = dataclasses.replace(w, column_perm=None)
+    if isinstance(w, QArray):
+        flat = x if isinstance(x, QArray) else x.reshape(-1, k)
+        reason = unsupported_reason(
+            flat, w, activation_format=activation_format, out_dtype=out_dtype
+        )
+        if choose("dot", implementation, reason) == "pallas_mosaic_gpu":
+            kernel, _ = kernel_of(flat, w, activation_format, out_dtype)
+            assert kernel is not None
+            y = product(
+                kernel,
+                flat,
+                w,
+                bias,
+                activation_format=activation_format,
+                activation_scale=activation_scale,
+                out_dtype=out_dtype,
+            )
+            return y.reshape(*lead, w.shape[0])
     quantized = x
     if activation_format is not None and not isinstance(x, QArray):
         quantized = quantize_activation(x.reshape(-1, k), activation_format, scale=activation_scale)
         if not isinstance(w, QArray):  # quantization-aware training: values on the grid
             x = quantized = straight_through(x, quantized.dequantize().reshape(x.shape))
     if not isinstance(w, QArray) and not isinstance(x, QArray):
+        # A 16-bit result keeps cotangents 16 bits wide, so that the gradients' products are as fast.
+        narrow = bias is None and out_dtype == x.dtype
         y = jax.lax.dot_general(
             x,
             w.astype(x.dtype),
             (((x.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=out_dtype if narrow else jnp.float32,
         )
     else:
-        choose("dot", implementation, unsupported_reason(quantized, w))
         xf = _float32(quantized).reshape(-1, k)
         if not isinstance(x, QArray) and quantized is not x:
             xf = straight_through(x.reshape(-1, k), xf)
@@ -77,15 +97,6 @@ def dot(
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
     return y.astype(out_dtype)
-
-
-def unsupported_reason(x: Array | QArray, w: Array | QArray) -> str | None:
-    """Why no kernel takes this product, None if one does."""
-    return device_reason("9.0") or (f"no kernel for x {_describe(x)} and w {_describe(w)}")
-
-
-def _describe(a: Array | QArray) -> str:
-    return f"{a.format.element} {a.format.block_shape}" if isinstance(a, QArray) else str(a.dtype)
 
 
 def _xla(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float[Array, "M N"]:

@@ -65,6 +65,24 @@ def test_gradient_reaches_the_input(name):
     np.testing.assert_allclose(pullback(g)[0], g @ w.dequantize(), rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_plain_products_stay_16_bits_wide():
+    x, w = normal(8, 64, dtype=jnp.bfloat16), normal(48, 64, seed=1)
+
+    def loss(x, w):
+        return jnp.sum(qjax.dot(x, w).astype(jnp.float32) ** 2)
+
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w))
+    assert program.count("preferred_element_type=bfloat16") == 3
+    assert "preferred_element_type=float32" not in program
+    dx, dw = jax.grad(loss, (0, 1))(x, w)
+    a, b = float64(x.astype(jnp.float32)), float64(w.astype(jnp.bfloat16).astype(jnp.float32))
+    g = 2 * (a @ b.T)
+    assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+    for found, exact in ((dx, g @ b), (dw, g.T @ a)):
+        error = np.linalg.norm(float64(found.astype(jnp.float32)) - exact)
+        assert error < 2**-7 * np.linalg.norm(exact)  # three roundings to bfloat16
+
+
 def test_quantized_activations_are_differentiated_straight_through():
     spec = SCHEMES["FP8_DYNAMIC"]
     for w in (quantize(normal(48, 64), spec.weights), normal(48, 64)):
