@@ -1,0 +1,252 @@
+"""Prefill attention: numbers, masks, ragged and paged sequences, garbage in unwritten memory, ptxas, and the GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax import testing
+from qjax.pallas_kernels._prefill_attention_sm90 import TileConfig
+from qjax.pallas_kernels.prefill_attention_sm90 import (
+    choose_tile,
+    paged_prefill_attention,
+    prefill_attention,
+    unsupported_reason,
+)
+
+TOLERANCE = 3e-3
+
+
+def operands(batch, rows, keys, q_heads, kv_heads, dim, value_dim=None, dtype="bfloat16"):
+    k = jax.random.split(jax.random.key(rows + dim), 3)
+    return (
+        jax.random.normal(k[0], (batch, rows, q_heads, dim), dtype),
+        jax.random.normal(k[1], (batch, keys, kv_heads, dim), dtype),
+        jax.random.normal(k[2], (batch, keys, kv_heads, value_dim or dim), dtype),
+    )
+
+
+def paged(key, value, lengths, page_size):
+    """The same keys and values in shuffled pages; what no sequence has written is NaN."""
+    batch, keys, heads, _ = key.shape
+    count = -(-keys // page_size)
+    table = jax.random.permutation(jax.random.key(7), batch * count + 3)[: batch * count]
+    table = np.asarray(table.reshape(batch, count).astype(jnp.int32))
+    pools = []
+    for source in (key, value):
+        pool = np.full((batch * count + 3, heads, page_size, source.shape[3]), np.nan, np.float32)
+        for b in range(batch):
+            for token in range(int(lengths[b])):
+                page = table[b, token // page_size]
+                pool[page, :, token % page_size] = np.asarray(source[b, token], np.float32)
+        pools.append(jnp.asarray(pool, key.dtype))
+    return *pools, jnp.asarray(table)
+
+
+def reference(query, key, value, *, causal=True, options=None):
+    """float32 softmax, one sequence and head at a time; rows past a sequence's queries are zeros."""
+    options = options or {}
+    query, key, value = (np.asarray(x, np.float32) for x in (query, key, value))
+    (batch, rows, q_heads, dim), (keys, kv_heads) = query.shape, key.shape[1:3]
+    out = np.zeros((batch, rows, q_heads, value.shape[3]), np.float32)
+    window, cap, sinks = (options.get(k) for k in ("sliding_window", "logit_soft_cap", "sinks"))
+    scale = options.get("scale", dim**-0.5)
+    for b in range(batch):
+        length = int(options["lengths"][b]) if "lengths" in options else keys
+        count = int(options["query_lengths"][b]) if "query_lengths" in options else rows
+        offset = int(options["query_offsets"][b]) if "query_offsets" in options else length - count
+        position, token = offset + np.arange(count)[:, None], np.arange(length)[None]
+        visible = np.full((count, length), True)
+        if causal:
+            visible &= token <= position
+        if window is not None:
+            visible &= token > position - window
+        for n in range(q_heads):
+            head = n // (q_heads // kv_heads)
+            logits = query[b, :count, n] @ key[b, :length, head].T * scale
+            if cap is not None:
+                logits = cap * np.tanh(logits / cap)
+            logits = np.where(visible, logits, -np.inf)
+            sink = -np.inf if sinks is None else float(sinks[n])
+            top = np.maximum(logits.max(axis=1, initial=-1e30, keepdims=True), sink)
+            weights = np.exp(logits - top)
+            total = weights.sum(axis=1, keepdims=True) + np.exp(sink - top)
+            weights = np.where(visible.any(axis=1, keepdims=True), weights / total.clip(1e-30), 0)
+            out[b, :count, n] = weights @ value[b, :length, head]
+    return out
+
+
+def relative_error(out, expected, query_lengths=None):
+    out = np.asarray(out, np.float32)
+    assert out.shape == expected.shape
+    if query_lengths is not None:  # the other rows mean nothing
+        real = np.arange(out.shape[1])[None] < np.asarray(query_lengths)[:, None]
+        out = np.where(real[..., None, None], out, 0)
+    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
+
+
+def ints(*numbers):
+    return jnp.array(numbers, jnp.int32)
+
+
+CASES = {
+    "causal": ((1, 256, 256, 2, 1, 128), {}),
+    "full": ((1, 128, 384, 1, 1, 64), {"causal": False}),
+    # Aligned at the end; neither queries nor keys fill their tiles.
+    "chunk": ((1, 72, 300, 2, 2, 64), {}),
+    "float16": ((1, 128, 128, 1, 1, 128, None, "float16"), {"scale": 0.2}),
+    "head 96": ((1, 136, 200, 1, 1, 96), {}),
+    "head 256": ((1, 128, 200, 1, 1, 256), {}),
+    "latent": ((1, 130, 130, 1, 1, 192, 128), {}),
+    "window": ((1, 256, 640, 1, 1, 64), {"sliding_window": 150}),
+    "narrow window": ((1, 128, 512, 1, 1, 64), {"sliding_window": 1}),
+    "soft cap": ((1, 128, 256, 1, 1, 64), {"logit_soft_cap": 2.0, "scale": 1.0}),
+    "sinks": ((1, 128, 128, 2, 1, 64), {"sinks": jnp.array([2.0, -3.0])}),
+    "ragged": (
+        (3, 136, 300, 2, 1, 64),
+        {"lengths": ints(300, 0, 129), "query_lengths": ints(136, 5, 1)},
+    ),
+    "offsets": (
+        (2, 128, 300, 1, 1, 64),
+        {
+            "lengths": ints(260, 40),
+            "query_offsets": ints(100, 0),
+            "query_lengths": ints(128, 40),
+            "sliding_window": 70,
+            "sinks": jnp.array([0.5]),
+        },
+    ),
+    "ragged full": ((2, 64, 256, 1, 1, 64), {"lengths": ints(7, 200), "causal": False}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers(case):
+    sizes, options = CASES[case]
+    args = operands(*sizes)
+    with testing.interpret():
+        out = prefill_attention(*args, num_sms=3, **options)
+    expected = reference(*args, causal=options.get("causal", True), options=options)
+    assert out.dtype == args[0].dtype
+    assert relative_error(out, expected, options.get("query_lengths")) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("page_size", "dim"), [(16, 64), (64, 128), (128, 64), (128, 256)], ids=str
+)
+def test_pages(page_size, dim):
+    """Chunks after prefixes of other lengths, the memory past them NaN."""
+    query, key, value = operands(2, 72, 300, 2, 1, dim)
+    options = {"lengths": ints(290, 73), "query_lengths": ints(72, 40)}
+    key_pages, value_pages, table = paged(key, value, options["lengths"], page_size)
+    with testing.interpret():
+        out = paged_prefill_attention(
+            query,
+            key_pages,
+            value_pages,
+            table,
+            options["lengths"],
+            query_lengths=options["query_lengths"],
+            num_sms=3,
+        )
+    expected = reference(query, key, value, options=options)
+    assert relative_error(out, expected, options["query_lengths"]) <= TOLERANCE
+
+
+def test_garbage_past_the_end_stays_out():
+    query, key, value = operands(1, 64, 256, 1, 1, 64)
+    key, value = (x.at[:, 70:].set(jnp.nan) for x in (key, value))
+    with testing.interpret():
+        out = prefill_attention(query, key, value, lengths=ints(70), num_sms=1)
+    expected = reference(query, key[:, :70], value[:, :70])
+    assert relative_error(out, expected) <= TOLERANCE
+
+
+def test_one_cta_or_many_give_the_same():
+    """Every order of the work: sections of heads, odd and even rounds, a last round that is not full."""
+    args = operands(2, 256, 256, 3, 3, 64)
+    outs = []
+    for ctas in (1, 5, 12):
+        with testing.interpret(detect_races=False):
+            outs.append(np.asarray(prefill_attention(*args, num_sms=ctas), np.float32))
+    assert relative_error(outs[0], reference(*args)) <= TOLERANCE
+    np.testing.assert_array_equal(outs[0], outs[1])
+    np.testing.assert_array_equal(outs[0], outs[2])
+
+
+def test_tiles_fit_shared_memory():
+    assert choose_tile(128, 128) == TileConfig(keys=128, stages=2, separate_output=True)
+    assert choose_tile(192, 128) == TileConfig(keys=112, stages=2, separate_output=True)
+    assert choose_tile(192, 128, 64) == TileConfig(keys=64, stages=2, separate_output=True)
+    assert choose_tile(128, 128, 192) == TileConfig(keys=64, stages=2, separate_output=True)
+    assert choose_tile(256, 256) == TileConfig(keys=64, stages=2, separate_output=False)
+    assert choose_tile(192, 128).smem_bytes(192, 128) == 225280
+
+
+def test_bad_arguments_are_named():
+    query, key, value = operands(1, 64, 64, 2, 1, 64)
+    with pytest.raises(ValueError, match=r"value must be bfloat16 \[1, 64, 1, 64\]; found float16"):
+        prefill_attention(query, key, value.astype(jnp.float16))
+    with pytest.raises(ValueError, match=r"lengths must be int32 \[1\]; found int32 \[2\]"):
+        prefill_attention(query, key, value, lengths=ints(1, 2), num_sms=1)
+    with pytest.raises(ValueError, match="sliding_window must be positive and needs causal"):
+        prefill_attention(query, key, value, causal=False, sliding_window=4, num_sms=1)
+    with pytest.raises(ValueError, match="scale must be positive; found -1"):
+        prefill_attention(query, key, value, scale=-1.0, num_sms=1)
+    with pytest.raises(ValueError, match=r"page_table must be int32 \[1, 4\]"):
+        pages = jnp.zeros((4, 1, 16, 64), jnp.bfloat16)
+        table = jnp.zeros((2, 4), jnp.int32)
+        paged_prefill_attention(query, pages, pages, table, ints(64), num_sms=1)
+    assert unsupported_reason(32, 8, 128, 128, page_size=64) is None
+    assert "must divide" in unsupported_reason(30, 8, 128, 128)
+    assert "(80, 80)" in unsupported_reason(32, 8, 80, 80)
+    assert "found 24" in unsupported_reason(32, 8, 128, 128, page_size=24)
+    assert "found float32" in unsupported_reason(32, 8, 128, 128, dtype="float32")
+
+
+@pytest.mark.skipif(not testing.ptxas_available(), reason="needs the aot extra")
+def test_ptxas_neither_spills_nor_serializes():
+    jobs = []
+    for dim, value_dim in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)):
+        args = operands(1, 256, 256, 2, 1, dim, value_dim)
+        for options in (
+            {"causal": False},
+            {"lengths": ints(9), "sliding_window": 99, "logit_soft_cap": 30.0},
+        ):
+            jobs.append((lambda *a, o=options: prefill_attention(*a, num_sms=132, **o), args))
+    for page_size in (16, 128):
+        query, key, value = operands(1, 256, 256, 2, 1, 128)
+        pages = (*paged(key, value, ints(0), page_size), ints(0))
+        jobs.append((lambda *a: paged_prefill_attention(*a, num_sms=132), (query, *pages)))
+    for (report,) in testing.ptxas_reports(jobs):
+        report.check()
+        assert report.stack_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gpu_matches_the_reference(dims, dtype):
+    args = operands(2, 520, 1000, 4, 2, *dims, dtype)
+    for options in (
+        {},
+        {"causal": False},
+        {"lengths": ints(1000, 333), "query_lengths": ints(520, 333)},
+        {"sliding_window": 300, "logit_soft_cap": 20.0, "sinks": jnp.linspace(-1, 1, 4)},
+    ):
+        out = jax.jit(lambda *a, o=options: prefill_attention(*a, **o))(*args)
+        expected = reference(*args, causal=options.get("causal", True), options=options)
+        assert relative_error(out, expected, options.get("query_lengths")) <= TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_gpu_reads_pages(page_size):
+    query, key, value = operands(2, 256, 900, 4, 2, 128)
+    options = {"lengths": ints(890, 200), "query_lengths": ints(256, 199)}
+    pages = paged(key, value, options["lengths"], page_size)
+    out = jax.jit(paged_prefill_attention)(
+        query, *pages, options["lengths"], query_lengths=options["query_lengths"]
+    )
+    expected = reference(query, key, value, options=options)
+    assert relative_error(out, expected, options["query_lengths"]) <= TOLERANCE
