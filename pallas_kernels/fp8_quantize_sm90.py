@@ -23,6 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from qjax.pallas_kernels import _quantize_sm90 as tools
+
 ROWS = 64
 BLOCK_K = 128
 HALF = 64  # columns of one TMA copy: 128 bytes of bf16, one row of the swizzle
@@ -121,8 +123,10 @@ def fp8_quantize_per_token(
         row = lax.axis_index("row")
         layout = plgpu.Layout.WG_STRIDED((k,), vec_size=vector)
         values = plgpu.load(x_gmem.at[row], layout=layout).astype(jnp.float32)
-        scale = _scale(jnp.max(_finite_magnitude(values)), dtype, amax_min, amax_max)
-        q_gmem[row] = _round(_divide(values, jnp.broadcast_to(scale, values.shape)), dtype)
+        amax = jnp.max(tools.finite_magnitude(values))
+        scale = tools.scale_of(amax, tools.largest(dtype), amax_min=amax_min, amax_max=amax_max)
+        spread = plgpu.layout_cast(jnp.broadcast_to(scale, values.shape), layout)
+        q_gmem[row] = tools.quantize(values, spread, dtype, layout)
         scale_gmem[row] = scale
 
     return plgpu.kernel(
@@ -146,30 +150,6 @@ def _check(op: str, x: Array, dtype: DTypeLike, *, per_token: bool = False) -> N
         reason = f"the codes must be one of {OUT_DTYPES}; found {jnp.dtype(dtype).name}"
     if reason:
         raise ValueError(f"{op}: {reason}")
-
-
-def _finite_magnitude(x: Array) -> Array:
-    magnitude = jnp.abs(x)
-    return jnp.where(magnitude == jnp.inf, 0.0, magnitude)
-
-
-def _scale(amax: Array, dtype: DTypeLike, amax_min: float, amax_max: float | None) -> Array:
-    if amax_min:
-        amax = jnp.maximum(amax, amax_min)
-    if amax_max is not None:
-        amax = jnp.minimum(amax, amax_max)
-    scale = _divide(amax, jnp.full(amax.shape, float(jnp.finfo(dtype).max), jnp.float32))
-    return jnp.where(amax == 0, 1.0, jnp.maximum(scale, float(jnp.finfo(jnp.float32).tiny)))
-
-
-def _divide(x: Array, divisor: Array) -> Array:
-    # Correctly rounded, as exporters divide: in interpret mode XLA would otherwise multiply by the reciprocal.
-    return x / lax.optimization_barrier(divisor)
-
-
-def _round(x: Array, dtype: DTypeLike) -> Array:
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.maximum(jnp.minimum(x, largest), -largest).astype(dtype)
 
 
 def _quantize_tiles(op, x, scale, dtype, amax_min, amax_max):
@@ -232,10 +212,12 @@ def _tiles_kernel(*refs, static, tiles, blocks, dtype, bounds, x_smem, q_smem, b
         halves = [plgpu.load(x_smem.at[t, half], layout=layout) for half in range(2)]
         halves = [h.astype(jnp.float32) for h in halves]
         if static:
-            scale = jnp.broadcast_to(scale_gmem[0], (ROWS, HALF))
+            scale = plgpu.layout_cast(jnp.broadcast_to(scale_gmem[0], (ROWS, HALF)), layout)
         else:
-            amax = jnp.maximum(*(jnp.max(_finite_magnitude(h), axis=1) for h in halves))
-            scale = _scale(amax, dtype, *bounds)
+            amax = jnp.maximum(*(jnp.max(tools.finite_magnitude(h), axis=1) for h in halves))
+            scale = tools.scale_of(
+                amax, tools.largest(dtype), amax_min=bounds[0], amax_max=bounds[1]
+            )
 
             @pl.when(first + t < blocks)
             def _(scale=scale, t=t):
@@ -243,7 +225,7 @@ def _tiles_kernel(*refs, static, tiles, blocks, dtype, bounds, x_smem, q_smem, b
 
             scale = lax.broadcast_in_dim(scale, (ROWS, HALF), [0])
         for half in range(2):
-            q_smem[t, half] = _round(_divide(halves[half], scale), dtype)
+            q_smem[t, half] = tools.quantize(halves[half], scale, dtype, layout)
         plgpu.commit_smem()
         for half in range(2):
             plgpu.copy_smem_to_gmem(q_smem.at[t, half], q_gmem.at[rows, columns(first + t, half)])

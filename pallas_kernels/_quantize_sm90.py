@@ -1,0 +1,166 @@
+"""What the quantizing kernels share: register layouts, scales, exact division, SiLU.
+
+Rounding is to nearest, ties to even; values past the grid saturate, infinities too, and do not count in an
+amax; NaN stays NaN.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
+
+THREADS = 128  # of a warpgroup
+TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def row_major_layout(shape: tuple[int, ...]):
+    """The layout of a small array whose consecutive elements lie in consecutive threads.
+
+    As many to a thread as divide evenly; an array of fewer elements than threads is held more than once.
+    Sizes must be powers of two. Unlike ``Layout.WG_STRIDED`` it can be reduced along one axis.
+    """
+    size, rank = math.prod(shape), len(shape)
+    per_thread = max(size // THREADS, 1)
+    copies = max(THREADS // size, 1)
+    lanes, left = [], 32 * per_thread
+    for n in reversed(shape):
+        lanes.insert(0, min(n, left))
+        left //= lanes[0]
+    vector_tile = (*(1 for _ in shape[1:]), per_thread)
+    warp_dims = tuple(range(-3 * rank, -2 * rank))
+    layout = fa.TiledLayout(
+        fa.Tiling((shape, tuple(lanes), vector_tile)),
+        (*((fa.Replicated(copies),) if copies > 1 else ()), *warp_dims),
+        tuple(range(-2 * rank, -rank)),
+        -1,
+        _check_canonical=False,
+    ).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def largest(dtype: DTypeLike) -> float:
+    """The dtype's largest finite value."""
+    return float(jnp.finfo(dtype).max)
+
+
+def finite_magnitude(x: Array) -> Array:
+    """|x|, but 0 for infinities."""
+    magnitude = jnp.abs(x)
+    return jnp.where(magnitude == jnp.inf, 0.0, magnitude)
+
+
+def scale_of(
+    amax: Array, end: float, *, amax_min: float = 0.0, amax_max: float | None = None
+) -> Array:
+    """The float32 scales that map amax, bounded first, to the grid's end; 1 where it is 0."""
+    if amax_min:
+        amax = jnp.maximum(amax, amax_min)
+    if amax_max is not None:
+        amax = jnp.minimum(amax, amax_max)
+    scale = divide(amax, jnp.full(amax.shape, end, jnp.float32))
+    return jnp.where(amax == 0, 1.0, jnp.maximum(scale, TINY))
+
+
+def divide(x: Array, divisor: Array) -> Array:
+    """x / divisor, correctly rounded as exporters divide: XLA would multiply by the reciprocal in interpret mode."""
+    return x / lax.optimization_barrier(divisor)
+
+
+def round_to(x: Array, dtype: DTypeLike) -> Array:
+    """The nearest values of a float8 dtype."""
+    return jnp.maximum(jnp.minimum(x, largest(dtype)), -largest(dtype)).astype(dtype)
+
+
+def quantize(x: Array, scale: Array, dtype: DTypeLike, layout) -> Array:
+    """Codes of x / scale: three multiplications an element instead of a division, with the same result.
+
+    The product with the rounded reciprocal is corrected by its exact remainder (Markstein, "Computation of
+    elementary functions on the IBM RISC System/6000 processor", 1990).
+
+    Args:
+        x: float32.
+        scale: float32 of x's shape, the same for all elements of a thread's vector.
+        dtype: A float8 dtype, or float32 for the quotient itself, saturated at `QUOTIENT_MAX`.
+        layout: Layout of x, scale and the result.
+    """
+    dtype = jnp.dtype(dtype)
+
+    def emit(ctx, x, scale):
+        del ctx
+        quotient = _map_registers(_emit_quotient, x, scale)
+        if dtype == jnp.float32:
+            return quotient
+        return quotient.astype(utils.dtype_to_ir_type(dtype))  # saturates
+
+    def reference(x, scale):
+        quotient = divide(x, scale)
+        if dtype == jnp.float32:
+            return jnp.clip(quotient, -QUOTIENT_MAX, QUOTIENT_MAX)
+        return round_to(quotient, dtype)
+
+    emit.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
+    return plgpu.inline_mgpu(
+        arg_types=(layout, layout),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=layout),
+    )(emit)(x, scale)
+
+
+QUOTIENT_MAX = (
+    2.0**17
+)  # past the end of every grid, and its remainder is no NaN even for an infinite x
+
+
+def _emit_quotient(x: ir.Value, scale: ir.Value) -> ir.Value:
+    f32, shape = ir.F32Type.get(), ir.VectorType(x.type)
+
+    def constant(value):
+        return vector.broadcast(shape, arith.constant(f32, value))
+
+    divisor = vector.extract(scale, [], [0])
+    reciprocal = vector.broadcast(shape, arith.divf(arith.constant(f32, 1.0), divisor))
+    q = arith.mulf(x, reciprocal)
+    q = arith.maximumf(arith.minimumf(q, constant(QUOTIENT_MAX)), constant(-QUOTIENT_MAX))
+    remainder = mlir_math.fma(arith.negf(q), vector.broadcast(shape, divisor), x)
+    return mlir_math.fma(remainder, reciprocal, q)
+
+
+def silu(x: Array, layout) -> Array:
+    """x * sigmoid(x) of float32, within a few units in the last place."""
+
+    def emit(ctx, x):
+        del ctx
+        return _map_registers(_emit_silu, x)
+
+    emit.interpret_impl = jax.nn.silu  # pyright: ignore[reportFunctionMemberAccess]
+    return plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
+    )(emit)(x)
+
+
+def _emit_silu(x: ir.Value) -> ir.Value:
+    f32, shape = ir.F32Type.get(), ir.VectorType(x.type)
+    one, minus_log2e = (arith.constant(f32, c) for c in (1.0, -math.log2(math.e)))
+    out = x
+    for i in range(shape.shape[0]):
+        element = vector.extract(x, [], [i])
+        power = nvvm.ex2(arith.mulf(element, minus_log2e), ftz=True)
+        sigmoid = nvvm.rcp_approx_ftz_f(arith.addf(power, one))
+        out = vector.insert(arith.mulf(element, sigmoid), out, [], [i])
+    return out
+
+
+def _map_registers(fn, first: fa.FragmentedArray, *others: fa.FragmentedArray):
+    registers = np.empty_like(first.registers)
+    for index in np.ndindex(registers.shape):
+        registers[index] = fn(*(a.registers[index] for a in (first, *others)))
+    return fa.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=None)
