@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-BLOCK = 64  # rows and columns of a repacked block
-WORDS = 512  # 32-bit words of a block
+from qjax.wgmma_layout import BLOCK
+
 # 128 + u and 1024 + u are the numbers whose bits end in u.
 _BIAS = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 

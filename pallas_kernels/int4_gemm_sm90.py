@@ -43,8 +43,9 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from qjax.pallas_kernels._int4_gemm_registers_sm90 import BLOCK, WORDS, bias_of, dequantize
+from qjax.pallas_kernels._int4_gemm_registers_sm90 import bias_of, dequantize
 from qjax.pallas_kernels._wgmma_sm90 import mixed_product
+from qjax.wgmma_layout import BLOCK, WORDS, to_row_blocks, to_words
 
 MAX_SMEM = 227 * 1024
 MAX_SCALE_BYTES = 6 / 32  # a float32 scale and a zero point for each 32 weights
@@ -140,33 +141,23 @@ def repack(
         group_size: Columns that share a scale; K for one scale a row.
 
     Returns:
-        (codes, scale, zero_point). codes: int32 [N/64, K/64, 2, 256], sizes rounded up, by blocks of 64x64:
-        bit 16e + 8p + 4h of word ``4 * thread + j`` starts the code of row 16w + 8h + r, column 16j + 8p + 2q + e,
-        where thread = 32w + 4r + q. scale and zero_point (bfloat16): [N/64, groups, 64]; groups of more than
-        128 columns, but not of all K, are repeated for each 128.
+        (codes, scale, zero_point). codes: int32 [N/64, K/64, 2, 256], sizes rounded up, as `wgmma_layout`
+        describes. scale and zero_point (bfloat16): [N/64, groups, 64]; groups of more than 128 columns, but
+        not of all K, are repeated for each 128.
 
     Raises:
         ValueError: If shapes or dtypes are not those above.
     """
     n, k = _check_packed(codes, scale, zero_point, group_size)
     codes = jnp.pad(codes, ((0, -n % BLOCK), (0, (-k % BLOCK) // 2)))
-    # Axes: row block, warp, row half, row; column block, 16 columns, 8 columns, pair of columns.
-    b = codes.reshape(codes.shape[0] // BLOCK, 4, 2, 8, codes.shape[1] * 2 // BLOCK, 4, 2, 4)
-    b = b.transpose(0, 4, 1, 3, 7, 5, 6, 2)
-    top, bottom = b[..., 0], b[..., 1]
-    even = (top & jnp.uint8(15)) | (bottom << jnp.uint8(4))
-    odd = (top >> jnp.uint8(4)) | (bottom & jnp.uint8(0xF0))
-    words = jnp.stack([even, odd], axis=-2)  # [..., j, e, p]: bytes of a word, lowest first
-    words = lax.bitcast_convert_type(words.reshape(*words.shape[:2], WORDS, 4), jnp.int32)
 
     def by_rows(values: Array) -> Array:
         if group_size % 128 == 0 and group_size < k:
             values = jnp.repeat(values, group_size // 128, axis=1)[:, : -(-k // 128)]
-        values = jnp.pad(values, ((0, -n % BLOCK), (0, 0)))
-        return values.reshape(-1, BLOCK, values.shape[1]).swapaxes(1, 2)
+        return to_row_blocks(jnp.pad(values, ((0, -n % BLOCK), (0, 0))))
 
     offsets = None if zero_point is None else by_rows(zero_point.astype(jnp.bfloat16))
-    return words.reshape(*words.shape[:2], 2, WORDS // 2), by_rows(scale), offsets
+    return to_words(codes), by_rows(scale), offsets
 
 
 def choose_tiles(

@@ -13,11 +13,13 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from qjax import wgmma_layout
+
 WHOLE = -1
 """Block size that means "the whole axis" in `QFormat.block_shape`."""
 
 Offset = Literal["zero_point", "minimum"]
-Storage = Literal["plain", "packed"]
+Storage = Literal["plain", "packed", "wgmma"]
 ScaleRule = Literal["amax", "mx"]
 
 
@@ -63,6 +65,9 @@ ELEMENTS: Mapping[str, Element] = MappingProxyType(
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn")
 
 
+_WGMMA_BLOCKS = ((1, 32), (1, 64), (1, 128), (1, WHOLE))
+
+
 @dataclasses.dataclass(frozen=True)
 class QFormat:
     """How a quantized array's last two axes (N, K) are stored.
@@ -79,8 +84,9 @@ class QFormat:
         global_scale: Whether one more float32 multiplier covers the whole (N, K) matrix (NVFP4).
         scale_rule: "amax" maps a block's amax to the grid's end; "mx" floors its exponent as the
             Microscaling formats do, after rounding amax up from 1.75 * 2**e.
-        storage: "plain" (one array item per element) or "packed" (uint8: a little-endian bit stream
-            along K; integer codes biased by 2**(bits-1), float4 codes raw).
+        storage: "plain" (one array item per element), "packed" (uint8: a little-endian bit stream
+            along K; integer codes biased by 2**(bits-1), float4 codes raw) or "wgmma" (int32: the 4-bit codes
+            of "packed" in the order of `wgmma_layout`, scales and zero points likewise; N and K multiples of 64).
 
     Raises:
         ValueError: If a field is out of its set or the fields contradict each other.
@@ -114,10 +120,22 @@ class QFormat:
             refuse("scale_rule must be 'amax' or 'mx'", self.scale_rule)
         if self.scale_rule == "mx" and self.scale_dtype != "float8_e8m0fnu":
             refuse("the 'mx' rule makes float8_e8m0fnu scales", self.scale_dtype)
-        if self.storage != ("plain" if self.spec.bits == 8 else "packed"):
+        if (self.storage == "plain") != (self.spec.bits == 8):
             refuse(
-                "8-bit elements are stored 'plain', narrower ones 'packed'",
+                "8-bit elements are stored 'plain', narrower ones 'packed' or 'wgmma'",
                 (self.element, self.storage),
+            )
+        if self.storage not in ("plain", "packed", "wgmma"):
+            refuse("storage must be 'plain', 'packed' or 'wgmma'", self.storage)
+        if self.storage == "wgmma" and (
+            self.spec.bits != 4
+            or self.block_shape not in _WGMMA_BLOCKS
+            or self.offset == "minimum"
+            or self.global_scale
+        ):
+            refuse(
+                f"'wgmma' stores 4-bit elements in blocks of {_WGMMA_BLOCKS} without minimum or global scale",
+                (self.element, self.block_shape, self.offset, self.global_scale),
             )
 
     @property
@@ -133,11 +151,14 @@ class QFormat:
     @property
     def storage_dtype(self) -> jnp.dtype:
         """Dtype of `QArray.qvalue`."""
-        return jnp.dtype(self.element if self.storage == "plain" else "uint8")
+        names = {"plain": self.element, "packed": "uint8", "wgmma": "int32"}
+        return jnp.dtype(names[self.storage])
 
     @property
     def zero_point_dtype(self) -> jnp.dtype:
         """Dtype of `QArray.zero_point`: one code wider than q, since GPTQ's zero may be 2**bits."""
+        if self.storage == "wgmma":
+            return jnp.dtype("bfloat16")  # as the kernel subtracts it; integers up to 256 are exact
         return jnp.dtype("int16" if self.bits == 8 else "int8")
 
     def block_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -146,15 +167,23 @@ class QFormat:
         return (n if bn == WHOLE else bn, k if bk == WHOLE else bk)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales of an array of this logical shape: [..., ceil(N/bn), ceil(K/bk)]."""
+        """Shape of the scales of an array of this logical shape: [..., ceil(N/bn), ceil(K/bk)].
+
+        Of "wgmma" storage: [..., N/64, ceil(K/bk), 64].
+        """
         blocks = (
             -(-n // b) if n else 0 for n, b in zip(shape[-2:], self.block_size(shape), strict=True)
         )
-        return (*shape[:-2], *blocks)
+        rows, groups = blocks
+        if self.storage == "wgmma":
+            return (*shape[:-2], rows // wgmma_layout.BLOCK, groups, wgmma_layout.BLOCK)
+        return (*shape[:-2], rows, groups)
 
     @property
     def k_multiple(self) -> int:
         """K must be a multiple of this, so that each row's bit stream is whole bytes."""
+        if self.storage == "wgmma":
+            return wgmma_layout.BLOCK
         return 1 if self.storage == "plain" else {2: 4, 4: 2}.get(self.bits, 8)
 
     def storage_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -170,6 +199,12 @@ class QFormat:
                 f"{self.element} packs K in whole bytes: K must be a multiple of "
                 f"{self.k_multiple}; found shape {tuple(shape)}; pad K"
             )
+        if self.storage == "wgmma":
+            if shape[-2] % wgmma_layout.BLOCK:
+                raise ValueError(
+                    f"'wgmma' storage: N must be a multiple of {wgmma_layout.BLOCK}; found {tuple(shape)}"
+                )
+            return (*shape[:-2], *wgmma_layout.codes_shape(*shape[-2:]))
         return (*shape[:-1], shape[-1] * self.bits // 8)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -182,7 +217,8 @@ class QFormat:
             return total
 
         scales = count(self.scale_shape(shape))
-        size = count(self.storage_shape(shape)) + scales * jnp.dtype(self.scale_dtype).itemsize
+        size = count(self.storage_shape(shape)) * self.storage_dtype.itemsize
+        size += scales * jnp.dtype(self.scale_dtype).itemsize
         if self.offset == "zero_point":
             size += scales * self.zero_point_dtype.itemsize
         if self.offset == "minimum":

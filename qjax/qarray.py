@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from qjax.formats import QFormat
+from qjax import wgmma_layout
+from qjax.formats import WHOLE, QFormat
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +23,8 @@ class QArray:
     that it may hold tracers, specs and shape structs inside JAX transformations.
 
     Attributes:
-        qvalue: Codes: [..., N, K] for "plain" storage, uint8 [..., N, K*bits/8] for "packed".
+        qvalue: Codes: [..., N, K] for "plain" storage, uint8 [..., N, K*bits/8] for "packed", int32
+            [..., N/64, K/64, 2, 256] for "wgmma".
         scale: [..., ceil(N/bn), ceil(K/bk)], of either sign.
         zero_point: Integers of scale's shape, in units of the signed code q, or None.
         minimum: Values of scale's shape and dtype, or None.
@@ -75,13 +77,16 @@ class QArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape, computed from the codes and the storage."""
+        if self.format.storage == "wgmma":
+            *lead, n, k, _, _ = self.qvalue.shape
+            return (*lead, n * wgmma_layout.BLOCK, k * wgmma_layout.BLOCK)
         *lead, last = self.qvalue.shape
         return (*lead, last if self.format.storage == "plain" else last * 8 // self.format.bits)
 
     @property
     def ndim(self) -> int:
         """Number of logical axes."""
-        return self.qvalue.ndim
+        return len(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +114,7 @@ class QArray:
                 )
 
         f = self.format
-        if self.qvalue.ndim < 2:
+        if self.qvalue.ndim < (4 if f.storage == "wgmma" else 2):
             raise ValueError(
                 f"QArray: qvalue needs at least two axes; found {list(self.qvalue.shape)}"
             )
@@ -133,6 +138,7 @@ class QArray:
 
 def dequantize_stored(w: QArray) -> Array:
     """The float32 array [..., N, K] with columns in stored order (before undoing `column_perm`)."""
+    w = to_packed(w)
     shape, block = w.shape, w.format.block_size(w.shape)
     codes = unpack(w.qvalue, w.format)
     scale = expand_blocks(decode_scale(w.scale), shape, block)
@@ -144,6 +150,55 @@ def dequantize_stored(w: QArray) -> Array:
         codes = codes.astype(jnp.int32) - zero_point
     values = codes.astype(jnp.float32) * scale
     return values if w.global_scale is None else values * w.global_scale
+
+
+def to_wgmma(w: QArray) -> QArray:
+    """The same array in "wgmma" storage.
+
+    Groups of a multiple of 128 columns get the scale of each 128 columns; nothing is lost.
+
+    Raises:
+        ValueError: If the format or the shape does not allow it.
+    """
+    if w.format.storage == "wgmma":
+        return w
+    block_n, block_k = w.format.block_shape
+    repeat = block_k // 128 if block_k != WHOLE and block_k % 128 == 0 else 1
+    block_k = block_k // repeat
+    format = dataclasses.replace(w.format, block_shape=(block_n, block_k), storage="wgmma")
+    format.storage_shape(w.shape)
+    groups = 1 if block_k == WHOLE else -(-w.shape[-1] // block_k)
+
+    def by_rows(part: Array | None) -> Array | None:
+        if part is None:
+            return None
+        return wgmma_layout.to_row_blocks(jnp.repeat(part, repeat, axis=-1)[..., :groups])
+
+    zero_point = by_rows(w.zero_point)
+    return dataclasses.replace(
+        w,
+        qvalue=wgmma_layout.to_words(w.qvalue),
+        scale=by_rows(w.scale),
+        zero_point=None if zero_point is None else zero_point.astype(format.zero_point_dtype),
+        format=format,
+    )
+
+
+def to_packed(w: QArray) -> QArray:
+    """The same array in the storage of checkpoints: the inverse of `to_wgmma`, others as they are."""
+    if w.format.storage != "wgmma":
+        return w
+    format = dataclasses.replace(w.format, storage="packed")
+    zero_point = w.zero_point
+    if zero_point is not None:
+        zero_point = wgmma_layout.from_row_blocks(zero_point).astype(format.zero_point_dtype)
+    return dataclasses.replace(
+        w,
+        qvalue=wgmma_layout.from_words(w.qvalue),
+        scale=wgmma_layout.from_row_blocks(w.scale),
+        zero_point=zero_point,
+        format=format,
+    )
 
 
 def decode_scale(scale: Array) -> Array:

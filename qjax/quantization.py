@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from qjax.formats import ELEMENTS, ActivationFormat, Element, QFormat, qformat
-from qjax.qarray import QArray, dequantize_stored, expand_blocks, pack
+from qjax.qarray import QArray, dequantize_stored, expand_blocks, pack, to_packed, to_wgmma
 
 
 class Grid(NamedTuple):
@@ -54,6 +54,9 @@ def quantize(
         ValueError: If x has fewer than two axes or is not floating, or K does not suit the format.
     """
     format = qformat(format)
+    if format.storage == "wgmma":
+        packed = dataclasses.replace(format, storage="packed")
+        return to_wgmma(quantize(x, packed, grid=grid, rounding=rounding, dtype=dtype))
     _check_input("quantize", x, format)
     if grid is None:
         _check_groups("quantize", x, format)
@@ -230,7 +233,7 @@ def refine_blocks(w: QArray, block_shape: tuple[int, int]) -> QArray:
     Raises:
         ValueError: If the new blocks do not divide the old ones.
     """
-    shape = w.shape
+    shape, w = w.shape, to_packed(w)
     format = dataclasses.replace(w.format, block_shape=tuple(block_shape))
     old, block = w.format.block_size(shape), format.block_size(shape)
     if any(o % n for o, n in zip(old, block, strict=True)):

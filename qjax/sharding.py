@@ -161,9 +161,13 @@ def part_specs(format: QFormat, spec: PartitionSpec) -> Mapping[str, PartitionSp
     """
     *lead, n, k = spec
     bn, bk = format.block_shape
-    scale = PartitionSpec(*lead, None if bn == WHOLE else n, None if bk == WHOLE else k)
+    # "wgmma" storage has blocks of rows and columns in their place, and axes within a block.
+    scale_within, within = ((None,), (None, None)) if format.storage == "wgmma" else ((), ())
+    scale = PartitionSpec(
+        *lead, None if bn == WHOLE else n, None if bk == WHOLE else k, *scale_within
+    )
     return {
-        "qvalue": PartitionSpec(*lead, n, k),
+        "qvalue": PartitionSpec(*lead, n, k, *within),
         "scale": scale,
         "zero_point": scale,
         "minimum": scale,

@@ -30,13 +30,12 @@ from qjax.pallas_kernels.fp8_quantize_sm90 import (
 )
 from qjax.pallas_kernels.fp8_rowwise_gemm_sm90 import fp8_rowwise_gemm
 from qjax.pallas_kernels.int4_gemm_sm90 import int4_gemm, repack
-from qjax.pallas_kernels.int4_mixed_gemm_sm90 import int4_mixed_gemm
 from qjax.pallas_kernels.paged_attention_fp8_sm90 import paged_decode_attention
 
 ROOT = Path(__file__).parents[1]
 DEEPSEEK_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 LLAMA_NK = ((4096, 4096), (28672, 4096), (8192, 8192))
-INT4_NK = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192))
+INT4_NK = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192))
 TOKENS = (1, 16, 64, 128, 256, 4096)
 
 DECODE = tuple((b, context) for context in (1024, 8192, 32768) for b in (1, 16, 64, 128))
@@ -56,7 +55,6 @@ class Case:
         flops: Arithmetic that the case needs.
         nbytes: Bytes that the case must move: each input read and each output written once.
         unit: Which ceiling is its measure: "fp8", "bf16" (TFLOP/s) or "copy" (GB/s).
-        peer_op: Op under which the peers' times of the same product are filed; default `op`.
     """
 
     op: str
@@ -68,7 +66,6 @@ class Case:
     flops: float
     nbytes: float
     unit: str
-    peer_op: str | None = None
 
 
 def relative_error(out: jax.Array, expected: jax.Array) -> float:
@@ -131,23 +128,18 @@ def int4_case(m: int, n: int, k: int, group: int, op: str = "int4_mixed_gemm", c
         w = q * jnp.repeat(scale.astype(jnp.float32), group, axis=1)
         return relative_error(out, float32_product(x.astype(jnp.float32), w))
 
-    fn, args = jax.jit(int4_mixed_gemm), (x, codes, scale)
-    if op == "int4_gemm":
-        packed, by_rows, _ = jax.jit(lambda c, s: repack(c, s, group_size=group))(codes, scale)
-        fn = jax.jit(lambda *args: int4_gemm(*args, n=n, group_size=group, config=config))
-        args = (x, packed, by_rows)
+    packed, by_rows, _ = jax.jit(lambda c, s: repack(c, s, group_size=group))(codes, scale)
 
     return Case(
-        op=op,
+        op="int4_gemm",
         format=f"int4_1x{group}",
         shape={"m": m, "n": n, "k": k},
-        fn=fn,
-        args=args,
+        fn=jax.jit(lambda *args: int4_gemm(*args, n=n, group_size=group, config=config)),
+        args=(x, packed, by_rows),
         error=error,
         flops=2.0 * m * n * k,
         nbytes=n * k / 2 + 2.0 * (m * k + m * n + scale.size),
         unit="bf16",
-        peer_op="int4_mixed_gemm",
     )
 
 
@@ -235,14 +227,13 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
                 for n, k in sizes
                 for m in tokens
             ]
-    for op in ("int4_gemm", "int4_mixed_gemm"):
-        if op in ops:
-            makers += [
-                lambda op=op, m=m, n=n, k=k, group=group: int4_case(m, n, k, group, op)
-                for n, k in INT4_NK
-                for group in (128, 32)
-                for m in tokens
-            ]
+    if "int4_gemm" in ops:
+        makers += [
+            lambda m=m, n=n, k=k, group=group: int4_case(m, n, k, group)
+            for n, k in INT4_NK
+            for group in (128, 32)
+            for m in tokens
+        ]
     if "paged_attention" in ops:
         makers += [lambda b=b, context=context: decode_case(b, context) for b, context in DECODE]
     for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
@@ -259,7 +250,6 @@ OPS = (
     "fp8_block_gemm",
     "fp8_rowwise_gemm",
     "int4_gemm",
-    "int4_mixed_gemm",
     "paged_attention",
     "fp8_quantize_1x128",
     "fp8_quantize_per_token",
@@ -293,7 +283,7 @@ def measure(case: Case, ceilings: dict[str, float], peers, stamp: dict, calls: i
     known = [
         (peer, path.name)
         for path, times in peers.items()
-        if (peer := testing.fastest_peer(times, case.peer_op or case.op, case.format, case.shape))
+        if (peer := testing.fastest_peer(times, case.op, case.format, case.shape))
     ]
     peer, source = min(known, key=lambda p: p[0].time_us, default=(None, None))
     return testing.BenchmarkRecord(
@@ -324,7 +314,7 @@ def tilings(op: str, m: int, n: int, k: int) -> list[tuple[float, Callable[[], C
 
     def case(config) -> Case:
         if op == "int4_gemm":
-            return int4_case(m, n, k, 128, op, config)
+            return int4_case(m, n, k, 128, config)
         return fp8_gemm_case(op, m, n, k, config)
 
     rows = [(model(c, m, n, k, num_sms=num_sms), functools.partial(case, c), c) for c in candidates]

@@ -21,7 +21,9 @@ from qjax.nn import (
     modules,
     quantizable,
 )
+from qjax.nn import prepack as prepack_model
 from qjax.nn import resolve as resolve_recipe
+from qjax.ops import device_reason
 from qjax.qarray import QArray
 from qjax.recipe import KVCacheFormat, QuantSpec, Recipe, kv_cache_format
 from qjax.recipe import recipe as named_recipe
@@ -99,9 +101,10 @@ def load(
     sharding: Sharding | None = None,
     kv_cache: str | KVCacheFormat | None = None,
     implementation: str | None = None,
+    prepack: bool | None = None,
     progress: bool = True,
 ) -> LoadedModel:
-    """Loads a model, its quantized weights packed as the checkpoint has them.
+    """Loads a model, its quantized weights packed as the checkpoint has them or as kernels want them.
 
     Args:
         path: A Hugging Face folder, a GGUF file, or a hub id.
@@ -111,6 +114,8 @@ def load(
         sharding: Mesh and rules; each device gets its slice only.
         kv_cache: Storage of the KV cache, default what recipe or checkpoint say.
         implementation: Which implementation the ops use, see `qjax.ops`.
+        prepack: Whether weights are re-laid out for the kernels (`qjax.nn.prepack`); None: where the device
+            runs them.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -122,6 +127,8 @@ def load(
     loader.check()
     with progress_bar("loading", loader.total_bytes, enabled=progress) as advance:
         loader.fill(advance)
+    if device_reason("9.0") is None if prepack is None else prepack:
+        prepack_model(plan.model)
     used = plan.recipe
     if kv_cache is not None:
         used = dataclasses.replace(used, kv_cache=kv_cache_format(kv_cache))

@@ -20,7 +20,7 @@ from qjax.nn import (
     QuantizedParam,
     modules,
 )
-from qjax.qarray import QArray
+from qjax.qarray import QArray, to_packed
 from qjax.recipe import QuantSpec
 
 PARTS = ("qvalue", "scale", "zero_point", "minimum", "global_scale", "column_perm")
@@ -74,6 +74,9 @@ class Layer:
             array = getattr(w, part)
             if array is not None:
                 parts[part] = to_host(array, None if part == "column_perm" else expert)
+        if w.format.storage == "wgmma":
+            w = jax.tree.map(np.asarray, to_packed(dataclasses.replace(w, **parts)))
+            parts = {part: getattr(w, part) for part in parts}
         return reblock_parts(w, parts, self.format.block_shape, self.names[index])
 
 

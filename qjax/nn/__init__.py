@@ -16,6 +16,7 @@ from qjax.nn._params import (
     initialize,
     modules,
 )
+from qjax.nn._prepack import prepack
 from qjax.nn._rope import Rope, yarn_mscale
 from qjax.nn._router import Router, Routing, route
 
@@ -45,6 +46,7 @@ __all__ = [
     "attend",
     "initialize",
     "modules",
+    "prepack",
     "quantizable",
     "resolve",
     "route",

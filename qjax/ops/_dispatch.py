@@ -10,6 +10,9 @@ from typing import Literal
 import jax
 
 _log = logging.getLogger(__name__)
+_simulated_sms: contextvars.ContextVar[int | None] = contextvars.ContextVar(
+    "simulated_sms", default=None
+)
 _required: contextvars.ContextVar[bool] = contextvars.ContextVar("required", default=False)
 
 Implementation = Literal["pallas_mosaic_gpu", "xla"]
@@ -62,9 +65,28 @@ def _log_fallback(op: str, reason: str) -> None:
     _log.info("%s runs through XLA: %s", op, reason)
 
 
-@functools.cache
+@contextlib.contextmanager
+def simulate_gpu(*, num_sms: int = 4) -> Iterator[None]:
+    """Makes ops choose the kernels on a machine without a GPU, for Mosaic GPU's interpret mode."""
+    token = _simulated_sms.set(num_sms)
+    try:
+        yield
+    finally:
+        _simulated_sms.reset(token)
+
+
+def num_sms() -> int:
+    """Streaming multiprocessors of the default device."""
+    return _simulated_sms.get() or jax.devices()[0].core_count
+
+
 def device_reason(*capabilities: str) -> str | None:
     """Why the default device can't run kernels for these compute capabilities ("9.0"), None if it can."""
+    return None if _simulated_sms.get() else _device_reason(*capabilities)
+
+
+@functools.cache
+def _device_reason(*capabilities: str) -> str | None:
     device = jax.devices()[0]
     if device.platform != "gpu":
         return f"the device is a {device.platform}, not an NVIDIA GPU"

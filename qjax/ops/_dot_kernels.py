@@ -1,0 +1,231 @@
+"""Which GPU kernel computes a product, what it takes, and its gradient."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from qjax.formats import WHOLE, ActivationFormat, QFormat
+from qjax.ops._dispatch import choose, device_reason, num_sms
+from qjax.pallas_kernels import fp8_quantize_sm90, int4_gemm_sm90
+from qjax.pallas_kernels import fp8_rowwise_gemm_sm90 as fp8_gemm
+from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
+from qjax.qarray import QArray, decode_scale, to_wgmma
+from qjax.quantization import quantize_activation
+
+Kernel = Literal["fp8_block", "fp8_row", "int4"]
+
+_ROWS, _TENSOR = (1, WHOLE), (WHOLE, WHOLE)
+
+
+def kernel_of(
+    x: Array | QArray,
+    w: Array | QArray,
+    activation_format: ActivationFormat | None,
+    out_dtype: DTypeLike,
+) -> tuple[Kernel | None, str]:
+    """The kernel that takes the product of x [M, K] and w [N, K], or None and why none does."""
+    if not isinstance(w, QArray):
+        return None, f"no kernel for a plain weight of {w.dtype}: XLA's product is the fast one"
+    (m, k), n = x.shape, w.shape[0]
+    act = x.format if isinstance(x, QArray) else activation_format and activation_format.format
+    if w.format.storage == "wgmma":
+        return _int4_kernel(m, n, k, x, w, act, out_dtype)
+    if w.format.element.startswith("float8"):
+        kernel = _fp8_pair(w.format, act)
+        if kernel is None:
+            return None, f"no kernel for {_describe(w.format)} weights with {_describe(act)} inputs"
+        reason = fp8_gemm.unsupported_reason(
+            m, n, k, x_dtype=act.element, w_dtype=w.format.element, out_dtype=out_dtype
+        )
+        return (None, reason) if reason else (kernel, "")
+    if w.format.bits == 4 and w.format.offset != "minimum" and not w.format.spec.is_float:
+        return None, "the weight has a checkpoint's layout: qjax.prepack(w) once for the kernel"
+    return None, f"no kernel for {_describe(w.format)} weights"
+
+
+def _fp8_pair(weights: QFormat, inputs: QFormat | None) -> Kernel | None:
+    if inputs is None or not inputs.element.startswith("float8") or weights.global_scale:
+        return None
+    if (weights.block_shape, inputs.block_shape) == ((128, 128), (1, 128)):
+        return "fp8_block"
+    pairs = (_ROWS, _TENSOR)
+    if weights.block_shape in pairs and inputs.block_shape in pairs:
+        return "fp8_row"
+    return None
+
+
+def _int4_kernel(m, n, k, x, w: QArray, act, out_dtype) -> tuple[Kernel | None, str]:
+    if w.format.spec.is_float or act is not None:
+        return None, f"no kernel for {_describe(w.format)} weights with {_describe(act)} inputs"
+    if jnp.dtype(out_dtype) != x.dtype:
+        return None, f"the kernel's output has x's dtype {x.dtype}; found {jnp.dtype(out_dtype)}"
+    reason = int4_gemm_sm90.unsupported_reason(
+        m,
+        n,
+        k,
+        group_size=w.format.block_size(w.shape)[1],
+        x_dtype=x.dtype,
+        scale_dtype=w.scale.dtype,
+    )
+    return (None, reason) if reason else ("int4", "")
+
+
+def _describe(format: QFormat | None) -> str:
+    return "16-bit" if format is None else f"{format.element} {format.block_shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What a product's trace depends on beside its arrays."""
+
+    kernel: Kernel
+    activation_format: ActivationFormat | None
+    out_dtype: str
+
+
+def product(
+    kernel: Kernel,
+    x: Array | QArray,
+    w: QArray,
+    bias: Array | None,
+    *,
+    activation_format: ActivationFormat | None,
+    activation_scale: Array | None,
+    out_dtype: DTypeLike,
+) -> Array:
+    """y [M, N] by this kernel, differentiable with respect to x and bias; quantization of x as the identity."""
+    static = _Static(kernel, activation_format, jnp.dtype(out_dtype).name)
+    if isinstance(x, QArray):
+        return _run(static, x, w, bias, activation_scale)
+    return _differentiable(static, x, w, bias, activation_scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(static: _Static, x, w, bias, activation_scale):
+    return _run(static, x, w, bias, activation_scale)
+
+
+def _forward(static, x, w, bias, activation_scale):
+    like = jnp.zeros((0,), x.dtype), None if bias is None else jnp.zeros((0,), bias.dtype)
+    return _run(static, x, w, bias, activation_scale), (w, like)
+
+
+def _backward(static, residuals, g):
+    w, (x_like, bias_like) = residuals
+    # Values of 16 bits, summed in float32: what a product with an unquantized weight would get.
+    dx = jax.lax.dot_general(
+        g.astype(x_like.dtype),
+        w.dequantize(x_like.dtype),
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    ).astype(x_like.dtype)
+    d_bias = None
+    if bias_like is not None:
+        d_bias = jnp.sum(g.astype(jnp.float32), axis=0).astype(bias_like.dtype)
+    return dx, None, d_bias, None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
+    if static.kernel == "int4":
+        return int4_gemm_sm90.int4_gemm(
+            x,
+            w.qvalue,
+            w.scale,
+            w.zero_point,
+            n=w.shape[0],
+            group_size=w.format.block_size(w.shape)[1],
+            bias=bias,
+            num_sms=num_sms(),
+        )
+    m = x.shape[0]
+    codes, x_scale = _quantized(x, static.activation_format, activation_scale)
+    w_scale = decode_scale(w.scale)
+    if static.kernel == "fp8_row":
+        w_scale = w_scale.reshape(-1)
+    gemm = fp8_block_gemm if static.kernel == "fp8_block" else fp8_gemm.fp8_rowwise_gemm
+    return gemm(
+        codes,
+        x_scale,
+        w.qvalue,
+        w_scale,
+        m=m,
+        bias=bias,
+        out_dtype=static.out_dtype,
+        num_sms=num_sms(),
+    )
+
+
+def _quantized(x: Array | QArray, activation: ActivationFormat | None, scale):
+    """Codes [M', K] and scales as the FP8 products read them."""
+    if not isinstance(x, QArray):
+        assert activation is not None
+        m, k = x.shape
+        format = activation.format
+        per_token = format.block_shape == _ROWS
+        reason = fp8_quantize_sm90.unsupported_reason(m, k, x_dtype=x.dtype, per_token=per_token)
+        if format.block_shape == _TENSOR and not activation.static:
+            reason = "one dynamic scale for all tokens needs a pass of its own"
+        if format.scale_dtype != "float32":
+            reason = f"scales of {format.scale_dtype} are rounded by XLA"
+        where = choose("quantize_activation", None, reason)
+        bounds = dict(amax_min=activation.amax_min, amax_max=activation.amax_max)
+        if where == "pallas_mosaic_gpu":
+            if per_token:
+                return fp8_quantize_sm90.fp8_quantize_per_token(x, dtype=format.element, **bounds)
+            if format.block_shape == (1, 128):
+                return fp8_quantize_sm90.fp8_quantize_1x128(x, dtype=format.element, **bounds)
+            scale = scale.astype(jnp.float32).reshape(1)
+            return fp8_quantize_sm90.fp8_quantize_static(x, scale, dtype=format.element), scale
+        x = quantize_activation(x, activation, scale=scale)
+    x_scale = decode_scale(x.scale)
+    if x.format.block_shape in (_ROWS, _TENSOR):
+        return x.qvalue, x_scale.reshape(-1)
+    return x.qvalue, jnp.pad(x_scale.T, ((0, 0), (0, -x.shape[0] % 4)))
+
+
+def prepack(w: QArray) -> QArray:
+    """The weight in the layout of the kernels that take it, done once where a model is loaded.
+
+    Symmetric or zero-point INT4 groups get "wgmma" storage if N and K are multiples of 64; other arrays
+    are returned as they are. The values are the same.
+    """
+    return to_wgmma(w) if prepackable(w) else w
+
+
+def prepackable(w: QArray) -> bool:
+    """Whether `prepack` re-lays this array out."""
+    f, (n, k) = w.format, w.shape[-2:]
+    block_n, block_k = f.block_shape
+    groups = block_k in (32, 64, WHOLE) or block_k % 128 == 0
+    return (
+        f.storage == "packed"
+        and f.element == "int4"
+        and f.offset != "minimum"
+        and not f.global_scale
+        and f.scale_dtype in int4_gemm_sm90.SCALE_DTYPES
+        and block_n == 1
+        and groups
+        and n % 64 == 0
+        and k % 64 == 0
+    )
+
+
+def unsupported_reason(
+    x: Array | QArray,
+    w: Array | QArray,
+    *,
+    activation_format: ActivationFormat | None = None,
+    out_dtype: DTypeLike | None = None,
+) -> str | None:
+    """Why no kernel takes this product of x [M, K] and w [N, K] on the default device, None if one does."""
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    kernel, reason = kernel_of(x, w, activation_format, out_dtype)
+    return device_reason("9.0") or (None if kernel else reason)

@@ -1,0 +1,185 @@
+"""The product through its kernels, interpreted: values, gradients, batching, meshes, refusals, re-laid out weights."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from qjax import nn, qarray, quantize, testing
+from qjax.nn import Context
+from qjax.ops._dispatch import simulate_gpu
+from qjax.recipe import SCHEMES
+from qjax.sharding import Sharding, array_specs, make_mesh, part_specs
+
+N, K = 192, 256
+
+
+def normal(*shape, seed=0, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def kernels():
+    """Every op chooses its kernel and runs it on the CPU."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(testing.interpret())
+    stack.enter_context(simulate_gpu())
+    stack.enter_context(qjax.require_kernels())
+    return stack
+
+
+INT4 = ["int4_1x32", "int4_1x64_asym", "int4_1x128", "int4_channel"]
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_wgmma_storage_holds_the_same_array(name):
+    w = quantize(normal(2, N, K), name)
+    packed = qjax.prepack(w)
+    packed.validate()
+    assert packed.format.storage == "wgmma" and packed.shape == w.shape
+    assert packed.format.nbytes(w.shape) == packed.nbytes
+    np.testing.assert_array_equal(packed.dequantize(), w.dequantize())
+    back = qarray.to_packed(packed)
+    assert back.format == w.format
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(w), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_wider_groups_repeat_their_scales():
+    w = quantize(normal(64, 512), qjax.qformat("int4_1x256"))
+    packed = qjax.prepack(w)
+    assert packed.format.block_shape == (1, 128)
+    np.testing.assert_array_equal(packed.dequantize(), w.dequantize())
+
+
+def test_quantizing_into_wgmma_storage():
+    w = normal(N, K)
+    packed = qjax.prepack(quantize(w, "int4_1x32"))
+    again = quantize(w, packed.format)
+    np.testing.assert_array_equal(again.qvalue, packed.qvalue)
+
+
+def test_other_arrays_stay():
+    for name, shape in (("mxfp4", (N, K)), ("int8_channel", (N, K)), ("int4_1x32", (N + 8, K))):
+        w = quantize(normal(*shape), name)
+        assert qjax.prepack(w) is w
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_int4(name):
+    x, w, bias = normal(2, 3, K, seed=1), quantize(normal(N, K), name), normal(N, seed=2)
+    expected = qjax.dot(x.astype(jnp.float32), w, bias=bias)
+    with kernels():
+        y = qjax.dot(x, qjax.prepack(w), bias=bias)
+    assert y.dtype == x.dtype and y.shape == (2, 3, N)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_int4_of_permuted_columns():
+    perm = jnp.asarray(np.random.default_rng(0).permutation(K), jnp.int32)
+    w = dataclasses.replace(quantize(normal(N, K), "int4_1x32"), column_perm=perm)
+    x = normal(3, K, seed=1)
+    expected = x.astype(jnp.float32) @ w.dequantize(jnp.float32).T
+    with kernels():
+        y = qjax.dot(x, qjax.prepack(w))
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize("word", ["FP8_BLOCK", "FP8_DYNAMIC", "FP8"])
+def test_fp8(word):
+    spec = SCHEMES[word]
+    x, w, bias = normal(5, K, seed=1), quantize(normal(N, K), spec.weights), normal(N, seed=2)
+    scale = jnp.float32(0.01) if spec.activations.static else None
+    args = dict(activation_format=spec.activations, activation_scale=scale, bias=bias)
+    expected = qjax.dot(x, w, **args, out_dtype=jnp.float32)
+    with kernels():
+        y = qjax.dot(x, w, **args)
+    # The codes are those of the reference; only sums and the output are rounded differently.
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-6)
+
+
+def test_gradients_are_those_of_the_reference():
+    spec = SCHEMES["FP8_BLOCK"]
+    x, bias, g = normal(4, K, seed=1), normal(N, seed=2), normal(4, N, seed=3)
+    for w, act in (
+        (qjax.prepack(quantize(normal(N, K), "int4_1x32")), None),
+        (quantize(normal(N, K), spec.weights), spec.activations),
+    ):
+
+        def loss(x, bias, w=w, act=act):
+            y = qjax.dot(x, w, bias=bias, activation_format=act)
+            return jnp.sum(y.astype(jnp.float32) * g.astype(jnp.float32))
+
+        expected = jax.grad(loss, (0, 1))(x, bias)
+        with kernels():
+            found = jax.grad(loss, (0, 1))(x, bias)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+            np.testing.assert_allclose(a, b, rtol=2**-6, atol=2**-4)
+
+
+def test_vmap_and_jit():
+    w = qjax.prepack(quantize(normal(64, K), "int4_1x128"))
+    x = normal(3, 2, K, seed=1)
+    with kernels():
+        batched = jax.jit(jax.vmap(lambda x: qjax.dot(x, w)))(x)
+    np.testing.assert_array_equal(batched, qjax.dot(x, w).astype(batched.dtype))
+
+
+def test_reasons_are_told():
+    x = normal(3, K)
+    cases = {
+        "prepack": quantize(normal(N, K), "int4_1x32"),
+        "16-bit inputs": quantize(normal(N, K), "fp8_e4m3_128x128"),
+        "int8": quantize(normal(N, K), "int8_channel"),
+    }
+    for word, w in cases.items():
+        with simulate_gpu(), pytest.raises(ValueError, match=f"dot: .*{word}"):
+            qjax.dot(x, w, implementation="pallas_mosaic_gpu")
+    with pytest.raises(ValueError, match="the device is a cpu"):
+        qjax.dot(x, qjax.prepack(cases["prepack"]), implementation="pallas_mosaic_gpu")
+
+
+@pytest.mark.parametrize(("in_axis", "out_axis"), [(None, "tensor"), ("tensor", None)])
+def test_layers_on_a_mesh(in_axis, out_axis):
+    sharding = Sharding(make_mesh("tensor=2"))
+    spec = SCHEMES["W4A16"]
+    one = nn.Linear(K, N * 2, "l", Context({"l": spec}))
+    nn.initialize(one, jax.random.key(0))
+    x = normal(3, K, seed=1)
+    expected = one(x.astype(jnp.float32))
+    layer = nn.Linear(
+        K, N * 2, "l", Context({"l": spec}, sharding=sharding), in_axis=in_axis, out_axis=out_axis
+    )
+    w = one.weight.get_value()
+    layer.weight.set_value(
+        jax.tree.map(
+            lambda part, like: jax.device_put(part, like.sharding), w, layer.weight.get_value()
+        )
+    )
+    assert nn.prepack(layer) == 1
+    packed = layer.weight.get_value()
+    specs = array_specs(packed, P(out_axis, in_axis))
+    assert packed.qvalue.sharding.spec == specs.qvalue
+    np.testing.assert_array_equal(packed.dequantize(), w.dequantize())
+    # The interpreter knows one device, so the parts meet the reference here.
+    np.testing.assert_allclose(layer(x.astype(jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_shards_that_would_cut_a_block_stay():
+    context = Context({"l": SCHEMES["W4A16"]}, sharding=Sharding(make_mesh("tensor=2")))
+    layer = nn.Linear(K, N, "l", context, out_axis="tensor")  # 96 rows a device
+    nn.initialize(layer, jax.random.key(0))
+    assert nn.prepack(layer) == 0
+
+
+def test_specs_of_the_parts():
+    format = qjax.prepack(quantize(normal(N, K), "int4_1x32")).format
+    specs = part_specs(format, P("tensor", "data"))
+    assert specs["qvalue"] == P("tensor", "data", None, None)
+    assert specs["scale"] == P("tensor", "data", None)
