@@ -89,12 +89,14 @@ def learning_rate(args: argparse.Namespace) -> optax.Schedule:
 
 
 def copied(model: CausalLM, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model with its matrices in `dtype`: the teacher."""
+    """The model with its float32 matrices in `dtype`: the teacher, in buffers of its own."""
     graphdef, state = nnx.split(model)
-    state = jax.tree.map(
-        lambda x: x.astype(dtype) if x.ndim >= 2 and x.dtype == jnp.float32 else x, state
-    )
-    teacher = nnx.merge(graphdef, state)
+
+    def copy(x):
+        narrowed = x.ndim >= 2 and x.dtype == jnp.float32
+        return jnp.array(x, dtype if narrowed else x.dtype, copy=True)
+
+    teacher = nnx.merge(graphdef, jax.tree.map(copy, state))
     teacher.model.embed_tokens.dtype = dtype
     graphdef, state = nnx.split(teacher)
     return graphdef, training_step.fully_sharded(state, model.sharding)

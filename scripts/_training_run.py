@@ -24,7 +24,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool):
-        """Makes the folder, or opens that of an earlier run with the same options.
+        """Looks at the folder, which may hold an earlier run with the same options.
 
         Raises:
             ValueError: If there is a run already that should not be resumed, or with other options.
@@ -42,10 +42,17 @@ class RunFolder:
             if changed:
                 was = ", ".join(f"{k} {earlier.get(k)!r} (now {options[k]!r})" for k in changed)
                 raise ValueError(f"{path} was started with other options: {was}; resume with those")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            _replace(file, json.dumps(options, indent=2) + "\n")
+        self._options = options
         self.rows: list[dict[str, Any]] = []
+
+    def begin(self, step: int) -> None:
+        """Makes the folder if need be, and drops what an earlier run left behind this step.
+
+        That is the end of its curve, and a checkpoint that was not finished.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace(self.path / "run.json", json.dumps(self._options, indent=2) + "\n")
+        self._rewind(step)
 
     def last_step(self) -> int:
         """The step of the newest checkpoint, 0 if there is none."""
@@ -57,8 +64,7 @@ class RunFolder:
         names = (re.fullmatch(r"step_(\d+)", entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
-    def rewind(self, step: int) -> None:
-        """Drops from the curve what came after a step, and checkpoints that were not finished."""
+    def _rewind(self, step: int) -> None:
         rows = []
         for line in self.curve.read_text("utf-8").splitlines() if self.curve.exists() else []:
             try:

@@ -264,7 +264,7 @@ def train_step(
         updates, optimizer_state = transform.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         new = _keep(TrainState(params, optimizer_state), where)
-        return new, {"loss": value, **parts, "grad_norm": optax.global_norm(gradients)}
+        return new, {"loss": value, **parts, "grad_norm": optax.tree.norm(gradients)}
 
     return step
 

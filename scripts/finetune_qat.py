@@ -37,8 +37,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qjax import Sharding, checkpoint
 from qjax.tokenizer import Tokenizer
 
-FREE = ("out", "resume", "export", "export_format", "save_every", "keep", "quiet")
-"""Options that a resumed run may change: the curve does not depend on them."""
+FREE = ("out", "resume", "export", "export_format", "save_every", "keep", "quiet", "remat")
+FREE += ("fsdp", "tensor", "expert")
+"""Options that a resumed run may change: the curve does not depend on them, but for the order of sums."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -168,7 +169,6 @@ class Fit:
         self.rate = training_model.learning_rate(args)
         self.batches = training_data.batches(train, args.batch, args.steps, args.seed)
         self.done = run.last_step()
-        run.rewind(self.done)
         self.teacher_graphdef, self.teacher = None, None
         if args.distill:
             show(description="copying the teacher")
@@ -181,6 +181,7 @@ class Fit:
             unquantized = {"unquantized_perplexity": perplexity(nll)}
         show(description="preparing")
         self.training = training_model.prepared(args, loaded.model, dtype)
+        run.begin(self.done)
         if self.done:
             self._restore()
         else:

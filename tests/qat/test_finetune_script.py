@@ -1,7 +1,9 @@
 """scripts/finetune_qat.py and its parts: data, packing, steps, resumption, meshes, export."""
 
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,19 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from qat_tiny_model import CONFIG, MOE_CONFIG, write_model
 
 from qjax import Sharding, evaluation, make_mesh
-from qjax.checkpoint import load
+from qjax.checkpoint import export, load
+from qjax.nn import modules
 from qjax.qarray import QArray
 from qjax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-data = pytest.importorskip("_training_data")
-steps = pytest.importorskip("_training_step")
-script = pytest.importorskip("finetune_qat")
+data = importlib.import_module("_training_data")
+steps = importlib.import_module("_training_step")
+script = importlib.import_module("finetune_qat")
 
 SHORT = ("--seq-len", 32, "--batch", 8, "--eval-windows", 4, "--lr", 3e-3, "--dtype", "float32")
 TIMES = {"seconds", "tokens_per_second", "compiled"}
@@ -50,7 +52,7 @@ def tokenizer(folder) -> Tokenizer:
 def run(out: Path, *options: object) -> list[dict]:
     """The curve of a run of the script, in this process."""
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
-        script.main([*map(str, options), "--out", str(out), "--quiet"])
+        script.main(["--quiet", "--out", str(out), *map(str, options)])
     return curve(out)
 
 
@@ -204,7 +206,7 @@ def test_the_scanned_forward_pass_is_the_models(folder):
     (run,) = steps._equal_layers(list(model.model.layers))
     assert len(run[1]) == CONFIG["num_hidden_layers"]
     model.model.layers[1].self_attn.sliding_window = 4
-    assert [len(states) for _, states in steps._equal_layers(list(model.model.layers))] == [1, 1, 1]
+    assert [len(states) for _, states in steps._equal_layers(list(model.model.layers))] == [1, 1]
 
 
 def test_losses_in_parts_are_those_of_whole_logits(folder, monkeypatch):
@@ -257,3 +259,194 @@ def test_matrices_are_cut_over_the_data_axis():
         "odd": (None, None),
         "vector": (None,),
     }
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def control(folder, text, tmp_path_factory) -> tuple[list[dict], tuple]:
+    """The curve of a run without quantization, and its options."""
+    options = (*SHORT, "--model", folder, "--data", text, "--recipe", "none", "--steps", 12)
+    out = tmp_path_factory.mktemp("runs") / "control"
+    return run(out, *options, "--eval-every", 6), options
+
+
+def test_the_loss_goes_down(control):
+    rows, _ = control
+    assert [row["step"] for row in rows] == [0, *range(1, 7), 6, *range(7, 13), 12]
+    assert losses(rows)[-1] < losses(rows)[0] - 1.5
+    first, middle, last = perplexities(rows)
+    assert last < middle < 0.4 * first
+    row = rows[1]
+    tokens = 8 * 32
+    assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
+    np.testing.assert_allclose(row["loss"], np.log(first), rtol=0.05)  # nothing was learned yet
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (("--accumulate", 4), 1e-5),
+        (("--remat",), 1e-5),
+        (("--fsdp", 2), 1e-3),
+        (("--fsdp", 4, "--tensor", 2, "--accumulate", 2), 1e-3),
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_does_not_change_the_curve(control, tmp_path, options, tolerance):
+    rows, common = control
+    found = run(tmp_path / "run", *common, *options, "--eval-every", 6)
+    np.testing.assert_allclose(losses(found), losses(rows), rtol=tolerance)
+    np.testing.assert_allclose(perplexities(found), perplexities(rows), rtol=10 * tolerance)
+
+
+def test_experts_on_eight_devices(text, tmp_path):
+    folder = write_model(tmp_path / "moe", MOE_CONFIG)
+    options = (*SHORT, "--model", folder, "--data", text, "--recipe", "none", "--steps", 4)
+    one = run(tmp_path / "one", *options)
+    eight = run(tmp_path / "eight", *options, "--expert", 2, "--fsdp", 2, "--tensor", 2)
+    np.testing.assert_allclose(losses(eight), losses(one), rtol=1e-3)
+    assert losses(one)[-1] < losses(one)[0] - 0.3
+
+
+def start(out: Path, *options: object) -> subprocess.Popen:
+    """A run of the script in a process of its own."""
+    command = [sys.executable, ROOT / "scripts" / "finetune_qat.py", *options, "--out", out]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def killed(out: Path, step: int, *options: object) -> None:
+    """Starts a run and kills it with SIGKILL once its curve has reached a step."""
+    process = start(out, *options)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "curve.jsonl").exists() or curve_step(out) < step:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def curve_step(out: Path) -> int:
+    lines = (out / "curve.jsonl").read_text().splitlines(keepends=True)
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def test_a_killed_run_goes_on_with_the_same_curve(control, tmp_path):
+    """SIGKILL in the middle of steps, then in the resumed run, which starts at its last checkpoint."""
+    _, common = control
+    options = (*common, "--steps", 60, "--eval-every", 20, "--accumulate", 2)
+    straight = run(tmp_path / "straight", *options)
+    out = tmp_path / "killed"
+    saving = (*options, "--save-every", 5, "--keep", 2)
+    killed(out, 23, *saving)
+    assert curve_step(out) >= 23
+    with (out / "curve.jsonl").open("a") as file:
+        file.write('{"step": 59, "lo')  # a line that the kill cut off
+    (out / "checkpoints" / "step_00000099.partial").mkdir()  # a checkpoint that it cut off
+    killed(out, 41, *saving, "--resume")
+    process = start(out, *saving, "--resume")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and stderr == "", stderr
+    assert stdout.startswith("none: 60 steps of 256 tokens, ") and stdout.count("\n") == 3
+    assert untimed(curve(out)) == untimed(straight)
+    resumed = [row["step"] for row in curve(out) if row.get("compiled")]
+    assert len(resumed) == 3 and all(step % 5 == 1 for step in resumed) and resumed[2] > 36
+    kept = sorted(entry.name for entry in (out / "checkpoints").iterdir())
+    assert kept == ["step_00000055", "step_00000060"]
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_told_in_one_line(control, tmp_path, folder):
+    _, common = control
+    out = tmp_path / "run"
+    common = (*common, "--steps", 1)
+    run(out, *common)
+    for options, message in (
+        ((), "holds a run; go on with --resume or choose another --out"),
+        (("--resume", "--lr", 1), r"started with other options: lr 0.003 \(now 1.0\)"),
+        (("--batch", 7, "--accumulate", 2), "--batch 7 must be a multiple of --accumulate 2"),
+        (("--recipe", "stored"), "can't be trained: --lora-rank N"),
+        (("--distill", 2), "must be a weight from 0 to 1"),
+        (("--steps", 5, "--warmup", 5), "--warmup 5 must be less than --steps 5"),
+        (("--export", tmp_path), "exists; choose another folder"),
+        (("--seq-len", 2400, "--out", tmp_path / "new"), "too few to hold a tenth out"),
+        (("--recipe", "W1", "--out", tmp_path / "newer"), "unknown recipe 'W1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(out, *common, *options)
+    assert not (tmp_path / "new").exists() and not (tmp_path / "newer").exists()
+    process = start(out, *common)
+    assert process.communicate()[1].startswith("finetune_qat: ") and process.returncode == 2
+
+
+def test_a_run_goes_on_with_other_devices(control, tmp_path):
+    _, common = control
+    options = (*common, "--steps", 8, "--save-every", 4)
+    one = run(tmp_path / "one", *options)
+    out = tmp_path / "two"
+    run(out, *options, "--fsdp", 2)
+    shutil.rmtree(out / "checkpoints" / "step_00000008")
+    found = run(out, *options, "--fsdp", 4, "--tensor", 2, "--resume")
+    assert [row["step"] for row in found if row.get("compiled")] == [1, 5]
+    np.testing.assert_allclose(losses(found), losses(one), rtol=1e-3)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_distillation_starts_at_the_teacher(control, tmp_path, direction):
+    rows, common = control
+    options = (*common, "--steps", 3, "--temperature", 2, "--schedule", "constant")
+    reverse = ("--reverse-kl",) if direction == "backward" else ()
+    found = run(tmp_path / "half", *options, "--distill", 0.25, *reverse)
+    first = found[1]
+    assert abs(first["kl"]) < 1e-5 and first["loss"] == pytest.approx(0.75 * first["nll"], abs=1e-5)
+    np.testing.assert_allclose(first["nll"], rows[1]["loss"], rtol=1e-6)
+    assert found[3]["kl"] > 1e-3
+    assert found[3]["loss"] == pytest.approx(
+        0.75 * found[3]["nll"] + 0.25 * found[3]["kl"], rel=1e-5
+    )
+    only = run(tmp_path / "only", *options, "--distill", 1, *reverse)
+    # Nothing to learn, but rounding, which Adam makes as large as anything, at this rate.
+    assert abs(losses(only)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("recipe", ["none", "stored"])
+def test_adapters_on_plain_and_on_packed_weights(control, tmp_path, recipe):
+    _, common = control
+    model = common[common.index("--model") + 1]
+    if recipe == "stored":
+        model = tmp_path / "packed"
+        loaded = load(common[common.index("--model") + 1], recipe="W4A16_G32", progress=False)
+        export(loaded.model, model, source=loaded, progress=False)
+    options = (*common, "--model", model, "--recipe", recipe, "--steps", 30, "--lr", 1e-2)
+    out = tmp_path / "exported"
+    rows = run(tmp_path / "run", *options, "--lora-rank", 8, "--save-every", 10, "--export", out)
+    assert losses(rows)[-1] < losses(rows)[0] - 0.5
+    assert perplexities(rows)[-1] < 0.7 * perplexities(rows)[0]
+    resumed = curve(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000030")
+    again = run(tmp_path / "run", *options, "--lora-rank", 8, "--save-every", 10, "--resume")
+    assert untimed(again) == untimed(resumed)
+    model = load(out, dtype="float32", progress=False)
+    kinds = {
+        isinstance(module.weight.get_value(), QArray)
+        for path, module in modules(model.model)
+        if path.endswith("_proj")
+    }
+    assert kinds == {recipe == "stored"}
+    held = script.windows(
+        script.parse([*map(str, options), "--lora-rank", "8", "--out", "x"]), Tokenizer.load(out)
+    )[1]
+    # The exported folder rounds norms and embeddings to bfloat16.
+    nll = steps.evaluate(model.model, held, 4)
+    np.testing.assert_allclose(np.exp(nll), perplexities(rows)[-1], rtol=0.02)
