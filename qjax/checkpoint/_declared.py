@@ -8,7 +8,7 @@ from flax import nnx
 from qjax.checkpoint._blocks import BLOCK_PARTS, reblock_parts
 from qjax.formats import WHOLE, QFormat
 from qjax.nn import Embedding, ExpertLinear, Linear
-from qjax.qarray import QArray
+from qjax.qarray import QArray, to_packed
 from qjax.recipe import QuantSpec
 
 
@@ -26,6 +26,10 @@ def declared_spec(layer: nnx.Module) -> QuantSpec | None:
     if not isinstance(value, QArray):
         return QuantSpec(None, activations)
     declared = layer.spec.weights
+    if value.format.storage == "wgmma":
+        if dataclasses.replace(value.format, storage="packed") == declared:
+            return QuantSpec(declared, activations)
+        value = to_packed(value)
     if declared is not None and _refines(value.format, declared) and _mergeable(value, declared):
         return QuantSpec(declared, activations)
     return QuantSpec(value.format, activations)

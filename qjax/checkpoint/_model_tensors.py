@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -75,7 +76,8 @@ class Layer:
             if array is not None:
                 parts[part] = to_host(array, None if part == "column_perm" else expert)
         if w.format.storage == "wgmma":
-            w = jax.tree.map(np.asarray, to_packed(dataclasses.replace(w, **parts)))
+            w = jax.tree.map(jnp.asarray, dataclasses.replace(w, **parts))
+            w = jax.tree.map(np.asarray, to_packed(w))
             parts = {part: getattr(w, part) for part in parts}
         return reblock_parts(w, parts, self.format.block_shape, self.names[index])
 

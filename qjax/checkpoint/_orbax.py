@@ -23,7 +23,7 @@ from qjax.checkpoint._orbax_tree import check, flatten, formats, restore_args, u
 from qjax.checkpoint._static import from_json, to_json
 from qjax.formats import QFormat
 from qjax.nn import ExpertLinear, modules
-from qjax.qarray import QArray
+from qjax.qarray import QArray, to_packed
 from qjax.recipe import QuantSpec
 from qjax.registry import MODEL_MODULES
 from qjax.sharding import Sharding
@@ -67,7 +67,7 @@ def save(
         raise ValueError(f"save: {directory} exists; choose another folder or pass overwrite=True")
     arrays, described = {}, {}
     for name, variable in _variables(model):
-        arrays[name], described[name] = _describe(name, variable.get_value())
+        arrays[name], described[name] = _describe(name, _packed(variable.get_value()))
     extra_arrays = flatten(extra)
     description = {
         "version": _VERSION,
@@ -205,6 +205,8 @@ def _restore_model(
     targets = {
         ".".join(str(p) for p in path): variable for path, variable in nnx.to_flat_state(state)
     }
+    for variable in targets.values():
+        variable.set_value(_packed(variable.get_value()))
     missing, unused = sorted(set(targets) - set(saved)), sorted(set(saved) - set(targets))
     if missing or unused:
         raise ValueError(
@@ -224,6 +226,11 @@ def _restore_model(
             value = _rebuild(name, value, saved[name], variable.get_value(), default)
         variable.set_value(value)
     nnx.update(model, state)
+
+
+def _packed(value: Any) -> Any:
+    """A value as checkpoints hold it: kernels' layouts are made anew after restoring (`qjax.nn.prepack`)."""
+    return to_packed(value) if isinstance(value, QArray) else value
 
 
 def _restore_args(

@@ -118,3 +118,29 @@ def test_orbax_keeps_act_order(checkpoints_dir, tmp_path):
     np.testing.assert_allclose(sharded(ids)[0], loaded.model(ids)[0], rtol=0, atol=1e-4)
     checkpoint.save(tmp_path / "d", sharded)
     assert_same_bits(checkpoint.restore(tmp_path / "d").model, loaded.model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ct_pack_int4_g32_sym_llama",
+        "autoawq_w4g128_asym_qwen2",
+        "gptqmodel_gptq_w4g128_sym_descact_qwen2",
+    ],
+)
+def test_weights_laid_out_for_kernels_are_written_as_before(checkpoints_dir, tmp_path, name):
+    source = checkpoints_dir / name
+    files = []
+    for prepack in (False, True):
+        loaded = checkpoint.load(source, prepack=prepack, progress=False)
+        weight = loaded.model.model.layers[0].mlp.up_proj.weight
+        assert weight.get_value().format.storage == ("wgmma" if prepack else "packed")
+        out = tmp_path / str(prepack)
+        checkpoint.export(
+            loaded.model, out, format=natural_format(source), source=loaded, progress=False
+        )
+        files.append({f.name: f.read_bytes() for f in out.iterdir()})
+    assert files[0] == files[1]
+    checkpoint.save(tmp_path / "c", loaded.model)
+    plain = checkpoint.load(source, progress=False).model
+    assert_same_bits(checkpoint.restore(tmp_path / "c", model=loaded.model).model, plain)
