@@ -25,7 +25,7 @@ LOGITS_BYTES = 2**29
 class TrainState(NamedTuple):
     """What a step changes, donated to it: trainable parameters (float32) and the optimizer's state."""
 
-    params: nnx.State
+    params: Any
     optimizer: Any
 
 
@@ -172,7 +172,8 @@ def fully_sharded(tree: Any, sharding: Sharding) -> Any:
     Matrices only: gathering them when a layer needs them costs less than keeping them (arXiv:1910.02054,
     stage 3).
     """
-    if sharding.mesh is None:
+    mesh = sharding.mesh
+    if mesh is None:
         return tree
     size = sharding.size("data")
 
@@ -184,7 +185,7 @@ def fully_sharded(tree: Any, sharding: Sharding) -> Any:
             free = [i for i, axis in enumerate(spec) if axis is None and x.shape[i] % size == 0]
             if free:
                 spec[free[0]] = "data"
-        return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(place, tree)
 

@@ -29,6 +29,7 @@ import _arguments
 import _training_data as training_data
 import _training_model as training_model
 import _training_step as training_step
+import jax.numpy as jnp
 from _training_data import Windows
 from _training_run import RunFolder, as_numbers, perplexity
 from rich.console import Console
@@ -235,7 +236,7 @@ class Fit:
         self.run.add(
             step,
             **found,
-            learning_rate=float(self.rate(step - 1)),
+            learning_rate=float(jnp.asarray(self.rate(step - 1))),
             seconds=seconds,
             tokens_per_second=speed,
             compiled=step == self.done + 1,

@@ -6,14 +6,17 @@ import logging
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 
 from qjax.checkpoint.schemes import Codec, Group, TensorInfo
 from qjax.formats import QFormat, integer_format
 from qjax.recipe import KVCacheFormat, QuantSpec
+
+# The reader is imported where a GGUF file is opened: folders load without it.
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +79,8 @@ class GGUFFile:
         Raises:
             ValueError: If the file is truncated or malformed, or its architecture is not supported.
         """
+        from gguf import GGUFReader
+
         self.path = self.tokenizer = path
         try:
             self._reader = GGUFReader(path)
@@ -152,6 +157,8 @@ class GGUFFile:
         elif kind in _PLAIN:
             data = _plain(tensor).reshape(shape)
         else:
+            from gguf import dequantize
+
             _log_dequantized(kind)
             data = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
         return self._unpermuted(name, data)
@@ -196,8 +203,8 @@ class GGUFFile:
         return None
 
 
-def _plain(tensor: ReaderTensor) -> np.ndarray:
-    if tensor.tensor_type == GGMLQuantizationType.BF16:
+def _plain(tensor: "ReaderTensor") -> np.ndarray:
+    if tensor.tensor_type.name == "BF16":
         import ml_dtypes
 
         return tensor.data.view(ml_dtypes.bfloat16)
