@@ -41,10 +41,13 @@ class GroupedTileConfig:
         tokens: Rows of x in a tile: 128 or 256, with `swap` a multiple of 8 up to 256.
         weights: Rows of w in a CTA's tile: 64 or 128, with `swap` 64, 128 or 256.
         stages: 128-wide slices of K in flight.
-        cluster: CTAs (1 or 2) side by side along N that share each tile of tokens by multicast.
+        cluster: CTAs (1, 2 or 4) side by side along N that share each tile of tokens by multicast.
         halves: Whether tiles with at most half the rows are computed as half tiles; `tokens` is then 256,
             with `swap` a multiple of 16.
         band: Tiles of tokens that meet the same tiles of the weight before the next ones do.
+
+    Raises:
+        ValueError: If a size is none of these.
     """
 
     swap: bool
@@ -54,6 +57,18 @@ class GroupedTileConfig:
     cluster: int = 1
     halves: bool = False
     band: int = 8
+
+    def __post_init__(self):
+        if self.swap:
+            unit = 16 if self.halves else 8
+            fine = self.tokens in range(unit, 257, unit) and self.weights in (64, 128, 256)
+        else:
+            fine = self.tokens in ((256,) if self.halves else (128, 256))
+            fine = fine and self.weights in (64, 128)
+        if not fine or self.cluster not in (1, 2, 4) or self.tokens % self.cluster:
+            raise ValueError(
+                f"GroupedTileConfig: no such tile; its docstring lists them; found {self}"
+            )
 
     @property
     def rows(self) -> int:
@@ -322,7 +337,8 @@ def _kernel(
                 _store(sums, tile, gmem, refs[-1], out_smem, wg, config)
 
             if config.halves:
-                short = tile.rows <= half
+                # Even of an upright tile that is loaded whole, a warpgroup skips a piece that has no rows.
+                short = tile.rows <= (half if config.swap else _left_row(1, wg, config))
                 pl.when(short)(lambda: run(half))
                 pl.when(~short)(lambda: run(config.tokens))
             else:

@@ -5,7 +5,6 @@ group of row t; or with one scale for each token and one for each channel. The s
 section 3.3; peer: DeepGEMM's contiguous and masked layouts). `_fp8_grouped_gemm_sm90` says how it runs.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -55,49 +54,62 @@ def unsupported_reason(
     return None
 
 
-def choose_tiles(rows: float, groups: int, n: int, *, num_sms: int) -> GroupedTileConfig:
-    """The tiling with the least modelled time for so many rows a group; see `modelled_cycles`."""
+def choose_tiles(rows: float, groups: int, n: int, k: int, *, num_sms: int) -> GroupedTileConfig:
+    """The tiling with the least modelled time for so many rows a group; see `modelled_us`."""
     return min(
         candidate_tiles(rows, n),
-        key=lambda c: modelled_cycles(c, rows, groups, n, num_sms=num_sms),
+        key=lambda config: modelled_us(config, rows, groups, n, k, num_sms=num_sms),
     )
 
 
 def candidate_tiles(rows: float, n: int) -> list[GroupedTileConfig]:
     """The tilings worth considering, each with as many stages as fit, 8 at most."""
-    clusters = (1, 2) if n > 128 else (1,)
-    parts = [(True, tokens, weights, 1) for tokens in (8, 16, 32, 64) for weights in (64, 128)]
-    parts += [(True, t, 128, c) for t in (64, 96, 128, 160) for c in clusters]
-    if rows > 64:
-        parts += [(False, tokens, 128, c) for tokens in (128, 256) for c in clusters]
-    return [with_stages(GroupedTileConfig(s, t, w, 2, c)) for s, t, w, c in parts]
+    parts = [(True, tokens, 64, 1) for tokens in (8, 16, 32, 64)]
+    for cluster in (1, 2) if n > 128 else (1,):
+        parts += [(True, tokens, 128, cluster) for tokens in (8, 16, 24, 32, 48, 64, 96, 128, 176)]
+        if rows > 64:
+            parts += [(False, tokens, 128, cluster) for tokens in (128, 256)]
+    return [with_stages(*part) for part in parts]
 
 
-def with_stages(config: GroupedTileConfig) -> GroupedTileConfig:
+def with_stages(swap: bool, tokens: int, weights: int, cluster: int = 1) -> GroupedTileConfig:
     """The tiling with as many stages as fit, 8 at most."""
-    for stages in range(8, 2, -1):
-        deeper = dataclasses.replace(config, stages=stages)
-        if deeper.smem_bytes() <= MAX_SMEM:
-            return deeper
+    for stages in range(8, 1, -1):
+        halves = not swap and tokens == 256
+        config = GroupedTileConfig(swap, tokens, weights, stages, cluster, halves)
+        if config.smem_bytes() <= MAX_SMEM:
+            break
     return config
 
 
-def modelled_cycles(
-    config: GroupedTileConfig, rows: float, groups: int, n: int, *, num_sms: int
+def modelled_us(
+    config: GroupedTileConfig, rows: float, groups: int, n: int, k: int, *, num_sms: int
 ) -> float:
-    """Clocks for 128 of K, if groups have between half and one and a half times `rows` rows.
+    """Microseconds by counting waves of tiles, if groups have 0.7 to 1.3 times `rows` rows.
 
-    Each step of a tile costs the slowest of its bytes from memory (19 a clock and SM on an H200), its bytes
-    through the L2 cache (27) and its arithmetic (8192 operations, of which a promoting kernel gets about 70 %).
+    Rates fit times on an H200. 128 of K of one tile take the longest of: its bytes through the L2 cache at
+    47 GB/s of each SM; its products, of which a swapped tile's cost more shared memory reads for the scales;
+    the weight's bytes from memory, of which one SM draws at most twice its share. Half tiles save little,
+    because the stages of a whole tile are few.
     """
-    spread = [max(rows * share, 1) for share in (0.5, 0.75, 1.0, 1.25, 1.5)]
-    tiles = groups * sum(-(-r // config.tokens) for r in spread) / len(spread)
-    units = tiles * pl.cdiv(n, config.weights * config.cluster) * config.cluster
-    waves = -(-units // num_sms) if units < 8 * num_sms else units / num_sms
-    l2 = (config.tokens / config.cluster + config.weights) * BLOCK_K / 27
-    math = 2 * config.tokens * config.weights * BLOCK_K / (8192 * 0.7) + 60
-    memory = groups * (n + rows) * BLOCK_K / (19 * num_sms)
-    return max(waves * max(l2, math), memory) + 0.02 * waves * math
+    steps, tiles_n = pl.cdiv(k, BLOCK_K), pl.cdiv(n, config.weights * config.cluster)
+    l2 = (config.tokens / config.cluster + config.weights) * BLOCK_K / 47
+    product = 150 + 3.4 * config.tokens if config.swap else 260 + 2.2 * config.tokens
+    step_ns = max(l2, product, config.weights * BLOCK_K / 65)
+    tiles = cost = 0.0
+    for share in (0.7, 0.85, 1.0, 1.15, 1.3):
+        whole, rest = divmod(math.ceil(max(rows * share, 1)), config.tokens)
+        half = config.halves and 0 < rest <= config.tokens // 2
+        tiles += (whole + (rest > 0)) / 5
+        cost += (whole + (0.95 if half else 1.0) * (rest > 0)) / 5
+    active = min(groups, math.ceil(rows * groups))
+    units = active * tiles * tiles_n * config.cluster
+    waves = math.ceil(units / num_sms) if units < 8 * num_sms else units / num_sms
+    total = 1e-3 * waves * steps * step_ns * cost / tiles
+    memory = (active * n * k + rows * groups * (k + 2 * n)) / 4.2e6
+    return (
+        max(total, memory) + 0.05 * total
+    )  # of tilings that wait for memory, the one with least to do
 
 
 def fp8_block_grouped_gemm(
@@ -158,7 +170,7 @@ def fp8_block_grouped_gemm(
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
     if config is None:
         rows = math.prod(x.shape[:-1]) / groups if expected_rows is None else expected_rows
-        config = choose_tiles(rows, groups, n, num_sms=num_sms)
+        config = choose_tiles(rows, groups, n, k, num_sms=num_sms)
     return grouped_gemm(
         "block",
         x,
@@ -208,7 +220,7 @@ def fp8_rowwise_grouped_gemm(
     """
     op = "fp8_rowwise_grouped_gemm"
     _check(op, x, x_scale, w, w_scale, group_sizes, bias, out_dtype)
-    groups, n, _ = w.shape
+    groups, n, k = w.shape
     if x_scale.shape != x.shape[:-1] or w_scale.shape != w.shape[:-1]:
         raise ValueError(
             f"{op}: x_scale must be {list(x.shape[:-1])} and w_scale {list(w.shape[:-1])}; "
@@ -217,7 +229,7 @@ def fp8_rowwise_grouped_gemm(
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
     if config is None:
         rows = math.prod(x.shape[:-1]) / groups if expected_rows is None else expected_rows
-        config = choose_tiles(rows, groups, n, num_sms=num_sms)
+        config = choose_tiles(rows, groups, n, k, num_sms=num_sms)
     return grouped_gemm(
         "row",
         x,

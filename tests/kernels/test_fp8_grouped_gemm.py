@@ -60,7 +60,8 @@ def reference(x, x_scale, w, w_scale, sizes, bias=None):
     for e in range(groups):
         mine = slice(starts[e], starts[e] + sizes[e])
         right = np.asarray(w[e], np.float32) * w_scale[e]
-        out[mine] = jnp.matmul(left[mine], right.T, precision="highest")
+        with np.errstate(invalid="ignore"):  # NaN
+            out[mine] = left[mine] @ right.T
         if bias is not None:
             out[mine] += np.asarray(bias[e])
     return out.reshape(*x.shape[:-1], n)
@@ -83,7 +84,7 @@ CASES = [
         (150,),
         (100, 0, 3, 47),
         (392, 256),
-        swapped(tokens=96, weights=128, stages=2, cluster=2, halves=True),
+        swapped(tokens=96, weights=128, stages=2, cluster=4, halves=True),
     ),
     ((300,), (5, 0, 290, 1), (72, 256), upright(tokens=128, weights=64, stages=2)),
     ((280,), (131, 60, 0, 66), (200, 400), upright(tokens=128, weights=128, stages=2, cluster=2)),
@@ -165,7 +166,7 @@ def test_nothing_but_empty_groups():
     assert (np.asarray(out) == 0).all()
 
 
-@pytest.mark.parametrize("tokens", [8, 24, 128])
+@pytest.mark.parametrize("tokens", [8, 48])
 def test_table_covers_each_row_once(tokens):
     rng = np.random.default_rng(tokens)
     for rows, groups in ((1, 1), (7, 20), (500, 6), (1000, 64)):
@@ -206,13 +207,13 @@ BENCHMARKED = [  # rows a group, groups, N, K, masked
 
 
 def test_chosen_tiles_fit_and_depend_on_the_size():
-    for rows, groups, n, _, _ in BENCHMARKED:
-        config = choose_tiles(rows, groups, n, num_sms=132)
+    for rows, groups, n, k, _ in BENCHMARKED:
+        config = choose_tiles(rows, groups, n, k, num_sms=132)
         assert config.smem_bytes() <= MAX_SMEM
         assert config.stages >= 3
-    assert choose_tiles(8, 256, 4096, num_sms=132).swap
-    assert choose_tiles(8, 256, 4096, num_sms=132).tokens <= 16
-    large = choose_tiles(4096, 8, 4096, num_sms=132)
+    assert choose_tiles(8, 256, 4096, 7168, num_sms=132).swap
+    assert choose_tiles(8, 256, 4096, 7168, num_sms=132).tokens <= 16
+    large = choose_tiles(4096, 8, 4096, 7168, num_sms=132)
     assert (large.swap, large.tokens, large.weights, large.cluster) == (False, 256, 128, 2)
 
 
@@ -241,13 +242,12 @@ def test_ptxas_neither_spills_nor_serializes():
     cases = {}
     for rows, groups, n, k, masked in BENCHMARKED:
         lead = (groups, 2 * rows) if masked else (groups * rows,)
-        cases.setdefault(choose_tiles(rows, groups, n, num_sms=132), (lead, groups, n, k))
-    for lead, sizes, nk, config in CASES:
+        cases.setdefault(choose_tiles(rows, groups, n, k, num_sms=132), (lead, groups, n, k))
+    by_row = dict(cases)
+    for lead, sizes, nk, config in CASES[2:6]:
         cases.setdefault(config, (lead, len(sizes), *nk))
-    jobs = []
-    for config, shape in cases.items():
-        jobs.append((bound(fp8_block_grouped_gemm, config), structs(*shape)))
-        jobs.append((bound(fp8_rowwise_grouped_gemm, config), structs(*shape, "row")))
+    jobs = [(bound(fp8_block_grouped_gemm, c), structs(*s)) for c, s in cases.items()]
+    jobs += [(bound(fp8_rowwise_grouped_gemm, c), structs(*s, "row")) for c, s in by_row.items()]
     for reports in testing.ptxas_reports(jobs):
         (report,) = reports
         report.check()
@@ -255,6 +255,8 @@ def test_ptxas_neither_spills_nor_serializes():
 
 
 def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"no such tile; .*tokens=192"):
+        upright(tokens=192, weights=128, stages=2)
     x, x_scale, w, w_scale, bias = operands((8,), 2, 128, 256)
     sizes = jnp.int32([3, 5])
     with pytest.raises(ValueError, match=r"N must be a multiple of 8 .* found N=132, K=256"):
