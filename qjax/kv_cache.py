@@ -203,3 +203,23 @@ def write(
         qvalue=put(pages.qvalue, q.qvalue[..., 0, :]),
         scale=put(pages.scale, q.scale[..., 0, :]),
     )
+
+
+def stored_values(
+    values: Float[Array, "B T K H"], format: KVCacheFormat, scale: Float[Array, " K"]
+) -> Float[Array, "B T K H"]:
+    """What a cache of this format keeps of keys or values, in their dtype.
+
+    Args:
+        values: Keys or values.
+        format: The cache's storage.
+        scale: Per head, as `create` takes it.
+    """
+    b, t, heads, dim = values.shape
+    pool = _pool((1, heads, b * t, dim), format, scale)
+    where = jnp.arange(b * t, dtype=jnp.int32)[None]
+    tokens = values.reshape(1, b * t, heads, dim)
+    table = jnp.zeros((1, 1), jnp.int32)
+    pool = write(pool, table, where, jnp.ones((1, b * t), bool), tokens)
+    kept = pool.dequantize(values.dtype) if isinstance(pool, QArray) else pool.astype(values.dtype)
+    return kept[0].swapaxes(0, 1).reshape(values.shape)

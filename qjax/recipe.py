@@ -242,8 +242,18 @@ def _schemes() -> dict[str, QuantSpec]:
     }
 
 
+FBGEMM_AMAX_MAX = 1200.0
+"""Upper bound of a token's amax in FBGEMM's recipe (activation_scale_ub)."""
+
 SCHEMES: Mapping[str, QuantSpec] = MappingProxyType(_schemes())
 """compressed-tensors' scheme words and what they mean here."""
+
+
+EXPERTS = r"re:.*\.mlp\.experts\..*"
+"""Every expert's linear layers, stored one by one or stacked."""
+
+PUBLISHED = ("KIMI_K2_INT4", "GPT_OSS_MXFP4", "LLAMA_FP8")
+"""Recipes that model families were published with."""
 
 
 def recipe(
@@ -251,22 +261,52 @@ def recipe(
     *,
     ignore: tuple[str, ...] = ("lm_head",),
     kv_cache: str | KVCacheFormat | None = None,
+    num_layers: int | None = None,
 ) -> Recipe:
-    """The recipe that quantizes every linear layer and expert by one scheme of `SCHEMES`.
+    """A recipe by name: one scheme for every linear layer and expert, or one that was published.
+
+    - A scheme of `SCHEMES`: every linear layer and expert.
+    - KIMI_K2_INT4: the experts in symmetric INT4 groups of 32, bfloat16 scales; all else stays (Kimi K2
+      Thinking's quantization-aware training).
+    - GPT_OSS_MXFP4: the experts in MXFP4; attention, router, embeddings and head stay (GPT-OSS model card).
+    - LLAMA_FP8: the feed-forward layers in FP8 per channel with inputs per token, amax at most 1200; attention,
+      the first and the last layer and the head stay (Llama 3.1 405B FP8, FBGEMM).
 
     Args:
-        name: A scheme's word, case-insensitive; "bf16" or "none" quantizes nothing.
+        name: The word, case-insensitive; "bf16" or "none" quantizes nothing.
         ignore: Modules left alone; a tied lm_head need not exist.
         kv_cache: Name or format of the KV cache.
+        num_layers: Layers of the model, which LLAMA_FP8 needs to know the last.
 
     Raises:
-        ValueError: If the word is unknown.
+        ValueError: If the word is unknown, or needs `num_layers`.
     """
     cache = None if kv_cache is None else kv_cache_format(kv_cache)
     word = name.upper()
     if word in ("BF16", "NONE"):
         return Recipe(kv_cache=cache)
+    if word in PUBLISHED:
+        return _published(word, ignore, cache, num_layers)
     if word not in SCHEMES:
-        raise ValueError(f"unknown recipe {name!r}: use 'bf16' or one of {', '.join(SCHEMES)}")
+        known = ", ".join((*SCHEMES, *PUBLISHED))
+        raise ValueError(f"unknown recipe {name!r}: use 'bf16' or one of {known}")
     rule = Rule(("Linear", "Experts"), SCHEMES[word])
     return Recipe((rule,), ignore, cache, frozenset(("Linear", "Experts", *ignore)))
+
+
+def _published(
+    word: str, ignore: tuple[str, ...], cache: KVCacheFormat | None, num_layers: int | None
+) -> Recipe:
+    optional = frozenset(ignore)
+    if word == "KIMI_K2_INT4":
+        return Recipe((Rule((EXPERTS,), SCHEMES["W4A16_G32"]),), ignore, cache, optional)
+    if word == "GPT_OSS_MXFP4":
+        return Recipe((Rule((EXPERTS,), SCHEMES["MXFP4A16"]),), ignore, cache, optional)
+    if num_layers is None:
+        raise ValueError(f"recipe {word} leaves the last layer alone: pass num_layers")
+    ends = rf"re:model\.layers\.(0|{num_layers - 1})\..*"
+    spec = QuantSpec(
+        qformat("fp8_e4m3_channel"), _token("fp8_e4m3_channel", amax_max=FBGEMM_AMAX_MAX)
+    )
+    rule = Rule((r"re:.*\.mlp\..*_proj",), spec)
+    return Recipe((rule,), (ends, *ignore), cache, optional)

@@ -17,7 +17,7 @@ from qjax.checkpoint._model_tensors import PARTS, Layer, class_words, layers, to
 from qjax.checkpoint._progress import progress_bar
 from qjax.checkpoint._safetensors_writer import SafetensorsWriter, TensorSpec
 from qjax.checkpoint._source import Source
-from qjax.nn import ActivationScale, ExpertLinear, KVScale
+from qjax.nn import ActivationScale, ExpertLinear, KVScale, modules
 from qjax.qarray import QArray
 from qjax.recipe import KVCacheFormat
 
@@ -70,6 +70,11 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"export: unknown format {format!r}; use one of {list(FORMATS)}")
+    for path, module in modules(model):
+        if getattr(module, "fake_quant", None) is not None:
+            raise ValueError(
+                f"export: {path} still trains to be quantized; qat.convert(model) first"
+            )
     origin = Source.of(source)
     cache = origin.kv_cache if kv_cache is None else kv_cache
     cache = cache if cache is not None and cache.quantized else None

@@ -9,6 +9,7 @@ from qjax.nn._moe import ExpertLinear, Experts, MoE
 from qjax.nn._params import (
     ActivationScale,
     Context,
+    FakeQuantizer,
     KVScale,
     QuantizedParam,
     abstract_param,
@@ -29,6 +30,7 @@ __all__ = [
     "Embedding",
     "ExpertLinear",
     "Experts",
+    "FakeQuantizer",
     "GatedMLP",
     "HeadSharding",
     "KVScale",

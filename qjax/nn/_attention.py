@@ -9,11 +9,12 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from qjax.kv_cache import LayerCache, LayerShape, write
+from qjax.kv_cache import LayerCache, LayerShape, stored_values, write
 from qjax.nn._linear import Linear, RMSNorm
 from qjax.nn._params import Context, KVScale, abstract_param
 from qjax.nn._rope import Rope
-from qjax.ops import dot_product_attention, paged_attention
+from qjax.ops import dot_product_attention, paged_attention, straight_through
+from qjax.recipe import KVCacheFormat
 from qjax.sharding import Sharding
 
 
@@ -199,6 +200,7 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope, self.sliding_window = rope, sliding_window
         self.sharding, self.implementation = context.sharding, context.implementation
+        self.fake_kv_cache: KVCacheFormat | None = None  # while it trains: `qjax.qat.prepare`
 
     def cache_shape(self) -> LayerShape:
         """What this layer caches per token."""
@@ -224,9 +226,16 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = self.rope.angles(tokens.positions, tokens.lengths)
+        key = self.rope.rotate(key, cos, sin)
+        if self.fake_kv_cache is not None and cache is None:
+            scales = (self.k_scale.get_value(), self.v_scale.get_value())
+            key, value = (
+                straight_through(x, stored_values(x, self.fake_kv_cache, scale))
+                for x, scale in zip((key, value), scales, strict=True)
+            )
         out, cache = attend(
             self.rope.rotate(query, cos, sin),
-            self.rope.rotate(key, cos, sin),
+            key,
             value,
             tokens,
             cache,

@@ -7,7 +7,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from qjax.kv_cache import LayerCache, LayerShape
+from qjax.kv_cache import LayerCache, LayerShape, stored_values
 from qjax.nn._attention import HeadSharding, Tokens, attend
 from qjax.nn._linear import Linear, RMSNorm
 from qjax.nn._params import Context, KVScale
@@ -15,6 +15,7 @@ from qjax.nn._rope import Rope
 from qjax.ops import straight_through
 from qjax.qarray import QArray
 from qjax.quantization import quantize_activation
+from qjax.recipe import KVCacheFormat
 from qjax.sharding import array_specs
 
 # The two inner norms do not take the config's epsilon, in DeepSeek's code and in transformers.
@@ -85,6 +86,7 @@ class LatentAttention(nnx.Module):
         )
         self.k_scale = KVScale(jnp.ones((1,), jnp.float32))
         self.v_scale = KVScale(jnp.ones((1,), jnp.float32))
+        self.fake_kv_cache: KVCacheFormat | None = None  # while it trains: `qjax.qat.prepare`
 
     def cache_shape(self) -> LayerShape:
         """What this layer caches per token: values are the latent part of the key."""
@@ -106,6 +108,11 @@ class LatentAttention(nnx.Module):
         rotated_query = self.rope.rotate(query[..., self.nope_dim :], cos, sin)
         rotated_key = self.rope.rotate(compressed[:, :, None, self.rank :], cos, sin)
         query = query[..., : self.nope_dim]
+        if self.fake_kv_cache is not None and cache is None:
+            joint = jnp.concatenate([latent[:, :, None], rotated_key], axis=-1)
+            kept = stored_values(joint, self.fake_kv_cache, self.k_scale.get_value())
+            kept = straight_through(joint, kept)
+            latent, rotated_key = kept[:, :, 0, : self.rank], kept[..., self.rank :]
         attention = self._expanded if cache is None else self._absorbed
         out, cache = attention(query, rotated_query, latent, rotated_key, tokens, cache)
         return self.o_proj(out.reshape(b, t, -1)), cache
@@ -170,7 +177,7 @@ class LatentAttention(nnx.Module):
             w = w.reshape(x.shape[2], -1, self.rank)[:, rows]
             return jnp.einsum(product, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
-        w = self.kv_b_proj.weight.get_value()
+        w = self.kv_b_proj.weight_value()
         if self.sharding.mesh is None:
             return local(x, w)
         heads = P(self.sharding.axis("batch", x.shape[0]), None, self.heads_axis)

@@ -9,7 +9,13 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from qjax.nn._params import Context, abstract_activation_scale, abstract_param, abstract_weight
+from qjax.nn._params import (
+    Context,
+    FakeQuantizer,
+    abstract_activation_scale,
+    abstract_param,
+    abstract_weight,
+)
 from qjax.ops import dot, straight_through, take_rows
 from qjax.qarray import QArray
 from qjax.quantization import quantize_activation, refine_blocks
@@ -59,13 +65,27 @@ class Linear(nnx.Module):
         self.sharding = context.sharding
         self.implementation = context.implementation
         self.lora: nnx.Module | None = nnx.data(None)  # a trained update: `qjax.qat.add_lora`
+        self.fake_quant: FakeQuantizer | None = nnx.data(
+            None
+        )  # while it trains: `qjax.qat.prepare`
+
+    def weight_value(self) -> Array | QArray:
+        """The weight [N, K] that the product uses: fake quantized while the layer is trained for that."""
+        w = self.weight.get_value()
+        if self.fake_quant is None:
+            return w
+        if self.lora is not None:
+            w = w + self.lora.delta().astype(w.dtype)
+        return self.fake_quant.weight(w)
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         """The product in x's dtype."""
         scale = None if self.activation_scale is None else self.activation_scale.get_value()
+        if self.fake_quant is not None:
+            x = self.fake_quant.input(x)
         y = sharded_dot(
             x,
-            self.weight.get_value(),
+            self.weight_value(),
             bias=None if self.bias is None else self.bias.get_value(),
             activation_format=self.activation_format,
             activation_scale=scale,
@@ -74,7 +94,8 @@ class Linear(nnx.Module):
             out_axis=self.out_axis,
             implementation=self.implementation,
         )
-        return y if self.lora is None else y + self.lora(x)
+        # A fake quantized weight has the update in it.
+        return y if self.lora is None or self.fake_quant is not None else y + self.lora(x)
 
 
 def sharded_dot(
@@ -156,10 +177,18 @@ class Embedding(nnx.Module):
         self.dtype = context.dtype
         self.sharding = context.sharding
         self.implementation = context.implementation
+        self.fake_quant: FakeQuantizer | None = nnx.data(
+            None
+        )  # while it trains: `qjax.qat.prepare`
+
+    def weight_value(self) -> Array | QArray:
+        """The table [V, D], fake quantized while it is trained for that."""
+        w = self.weight.get_value()
+        return w if self.fake_quant is None else self.fake_quant.weight(w)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The rows of these tokens."""
-        w = self.weight.get_value()
+        w = self.weight_value()
         if self.vocab_axis is None:
             return take_rows(w, ids, dtype=self.dtype)
         axis = self.vocab_axis
@@ -183,7 +212,7 @@ class Embedding(nnx.Module):
         """Logits of a tied head, float32."""
         return sharded_dot(
             x,
-            self.weight.get_value(),
+            self.weight_value(),
             sharding=self.sharding,
             in_axis=None,
             out_axis=self.vocab_axis,

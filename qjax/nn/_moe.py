@@ -12,7 +12,13 @@ from jaxtyping import Float, Int
 
 from qjax.formats import WHOLE, ActivationFormat
 from qjax.nn._mlp import GatedMLP
-from qjax.nn._params import Context, abstract_activation_scale, abstract_param, abstract_weight
+from qjax.nn._params import (
+    Context,
+    FakeQuantizer,
+    abstract_activation_scale,
+    abstract_param,
+    abstract_weight,
+)
 from qjax.nn._router import Router, Routing
 from qjax.ops import ragged_dot, straight_through
 from qjax.qarray import QArray
@@ -92,6 +98,14 @@ class ExpertLinear(nnx.Module):
         self.in_axis, self.out_axis, self.expert_axis = in_axis, out_axis, expert_axis
         self.sharding = context.sharding
         self.implementation = context.implementation
+        self.fake_quant: FakeQuantizer | None = nnx.data(
+            None
+        )  # while it trains: `qjax.qat.prepare`
+
+    def weight_value(self) -> Array | QArray:
+        """The weights [E, N, K], fake quantized while they are trained for that."""
+        w = self.weight.get_value()
+        return w if self.fake_quant is None else self.fake_quant.weight(w)
 
     @property
     def kind(self) -> str:
@@ -113,8 +127,8 @@ class ExpertLinear(nnx.Module):
 
     def operands(self) -> tuple:
         """(weight, bias, activation scale): what `local_product` takes, each device its part."""
-        parts = (self.weight, self.bias, self.activation_scale)
-        return tuple(None if p is None else p.get_value() for p in parts)
+        rest = (None if p is None else p.get_value() for p in (self.bias, self.activation_scale))
+        return (self.weight_value(), *rest)
 
     def operand_specs(self) -> tuple:
         """The partition specs of `operands`."""

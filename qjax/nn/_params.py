@@ -49,6 +49,18 @@ class Context:
         return self.specs.get(path, QuantSpec())
 
 
+class FakeQuantizer(nnx.Module):
+    """What a layer asks while it is trained to be quantized; `qjax.qat` has the implementation."""
+
+    def weight(self, w: jax.Array) -> jax.Array:
+        """The values of the weight [..., N, K] that quantization keeps."""
+        raise NotImplementedError
+
+    def input(self, x: jax.Array) -> jax.Array:
+        """The values of the layer's input [..., K] that quantization keeps."""
+        raise NotImplementedError
+
+
 def abstract_param(
     shape: tuple[int, ...], dtype: str, sharding: Sharding, axes: tuple[str | None, ...]
 ) -> nnx.Param:

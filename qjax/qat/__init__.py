@@ -2,13 +2,32 @@
 
 from qjax.qat._distill import distillation_loss
 from qjax.qat._fake_quant import fake_quant, stored_scale
+from qjax.qat._fake_quantizer import (
+    GridQuantizer,
+    LearnedRounding,
+    LearnedScale,
+    Schedule,
+    Step,
+)
+from qjax.qat._flax import Axes
 from qjax.qat._lora import LoRA, add_lora, merge_lora
+from qjax.qat._prepare import convert, prepare, quantized_weights, set_step
 
 __all__ = [
+    "Axes",
+    "GridQuantizer",
+    "LearnedRounding",
+    "LearnedScale",
     "LoRA",
+    "Schedule",
+    "Step",
     "add_lora",
+    "convert",
     "distillation_loss",
     "fake_quant",
     "merge_lora",
+    "prepare",
+    "quantized_weights",
+    "set_step",
     "stored_scale",
 ]

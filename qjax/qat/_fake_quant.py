@@ -81,9 +81,12 @@ def _differentiable(x: Array, format: QFormat, grid: Grid, rounding: Array | Non
 
 
 def stored_scale(scale: Array, dtype: str) -> Array:
-    """A learned scale as the format stores it: e8m0 rounds to the nearest power of two."""
+    """A learned scale as the format stores it, never 0 nor beyond the dtype's range; e8m0 rounds to the nearest power of two."""
     scale = jax.lax.stop_gradient(scale)
     if dtype == "float8_e8m0fnu":
         exponent = jnp.clip(jnp.round(jnp.log2(jnp.abs(scale))) + 127, 1, 254)
         return jax.lax.bitcast_convert_type(exponent.astype(jnp.uint8), jnp.float8_e8m0fnu)
-    return scale.astype(dtype)
+    info = jnp.finfo(dtype)
+    smallest = float(info.smallest_subnormal if dtype == "float8_e4m3fn" else info.tiny)
+    magnitude = jnp.clip(jnp.abs(scale), smallest, float(info.max))
+    return jnp.copysign(magnitude, scale).astype(dtype)
