@@ -15,15 +15,15 @@ from qjax import checkpoint, qat
 from qjax.formats import FORMATS, qformat
 from qjax.nn import CausalLM, QuantizedParam
 from qjax.qarray import QArray
-from qjax.recipe import SCHEMES, QuantSpec, Recipe, Rule, recipe
+from qjax.recipe import QuantSpec, Recipe, Rule, recipe
 
 
-def chosen_recipe(args: argparse.Namespace) -> Recipe | None:
-    """What --recipe names; None for weights that are not fake quantized."""
+def chosen_recipe(args: argparse.Namespace, layers: int) -> Recipe | None:
+    """What --recipe names, for a model of so many layers; None for weights that are not fake quantized."""
     if args.recipe in ("stored", "none"):
         return None
-    if args.recipe.upper() in SCHEMES or args.recipe not in FORMATS:
-        found = recipe(args.recipe, ignore=tuple(args.ignore))
+    if args.recipe not in FORMATS:
+        found = recipe(args.recipe, ignore=tuple(args.ignore), num_layers=layers)
         return found if found.rules else None
     kinds = ("Linear", "Experts")
     rule = Rule(kinds, QuantSpec(qformat(args.recipe)))
@@ -46,10 +46,11 @@ class Training:
         """The model with the parameters of now; the next step takes their buffers away."""
         return nnx.merge(self.graphdef, self.state.params, self.frozen)
 
-    def take(self, model: CausalLM, optimizer: Any) -> None:
+    def take(self, model: CausalLM, optimizer: Any, step: int) -> None:
         """Goes on with this model's parameters and this state of the optimizer."""
         _, params, self.frozen = nnx.split(model, self.trainable, ...)
-        self.state = training_step.TrainState(params, optimizer)
+        taken = jax.device_put(jnp.asarray(step, jnp.int32), self.state.step.sharding)
+        self.state = training_step.TrainState(params, optimizer, taken)
 
     def converted(self) -> CausalLM:
         """The model as it is used after training: adapters merged, weights quantized."""
@@ -61,9 +62,16 @@ class Training:
 
 def prepared(args: argparse.Namespace, model: CausalLM, dtype: str) -> Training:
     """The model with fake quantization and adapters, its trainable parameters float32."""
-    wanted = chosen_recipe(args)
+    wanted = chosen_recipe(args, len(model.model.layers))
     if wanted is not None:
-        model = qat.prepare(model, wanted)
+        model = qat.prepare(
+            model,
+            wanted,
+            clip=args.clip_grid,
+            learn_scale=args.learn_scale,
+            start_step=args.start_step,
+            ramp_steps=args.ramp_steps,
+        )
     model.model.embed_tokens.dtype = dtype
     trainable: type[nnx.Variable] = nnx.Param
     if args.lora_rank:

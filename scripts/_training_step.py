@@ -14,8 +14,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qjax import qat
 from qjax.nn import CausalLM, Tokens
-from qjax.qat import distillation_loss
 from qjax.sharding import Sharding
 
 LOGITS_BYTES = 2**29
@@ -23,10 +23,11 @@ LOGITS_BYTES = 2**29
 
 
 class TrainState(NamedTuple):
-    """What a step changes, donated to it: trainable parameters (float32) and the optimizer's state."""
+    """What a step changes, donated to it: float32 parameters, the optimizer's state, steps taken."""
 
     params: Any
     optimizer: Any
+    step: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def losses(
         nll = jnp.sum(jnp.where(counted, nll, 0.0))
         kl = jnp.zeros((), jnp.float32)
         if teacher is not None:
-            kl = distillation_loss(
+            kl = qat.distillation_loss(
                 logits,
                 teacher.logits(guide),
                 temperature=objective.temperature,
@@ -138,10 +139,14 @@ def _chunks(batch: int, length: int, vocab: int, sharding: Sharding) -> int:
 def optimizer(
     schedule: optax.Schedule, *, betas: tuple[float, float], weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) after clipping the gradient's global norm; matrices alone decay."""
+    """AdamW (arXiv:1711.05101) after clipping the gradient's global norm; matrices of weights alone decay."""
 
     def matrices(params):
-        return jax.tree.map(lambda x: x.ndim >= 2, params)
+        def decays(variable):
+            learned = isinstance(variable, qat.LearnedScale | qat.LearnedRounding)
+            return variable.get_value().ndim >= 2 and not learned
+
+        return jax.tree.map(decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     b1, b2 = betas
     adam = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=matrices)
@@ -193,18 +198,20 @@ def fully_sharded(tree: Any, sharding: Sharding) -> Any:
 def start(params: nnx.State, transform: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the optimizer's arrays lie where their parameters do."""
     shapes = jax.eval_shape(transform.init, params)
+    step = jnp.zeros((), jnp.int32)
     mesh = next(
         (x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)),
         None,
     )
     if mesh is None:
-        return TrainState(params, jax.jit(transform.init)(params))
+        return TrainState(params, jax.jit(transform.init)(params), step)
     whole = NamedSharding(mesh, PartitionSpec())
     where = jax.tree.map(lambda x: x.sharding, params)
     placed = optax.tree_map_params(
         transform, lambda _, s: s, shapes, where, transform_non_params=lambda _: whole
     )
-    return TrainState(params, jax.jit(transform.init, out_shardings=placed)(params))
+    made = jax.jit(transform.init, out_shardings=placed)(params)
+    return TrainState(params, made, jax.device_put(step, whole))
 
 
 def train_step(
@@ -240,6 +247,7 @@ def train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, frozen, teacher_state, batch):
+        frozen = _at_step(frozen, state.step)
         total = jnp.maximum(jnp.sum(batch["counted"][..., 1:].astype(jnp.float32)), 1.0)
 
         def part(sums, batch):
@@ -264,10 +272,19 @@ def train_step(
             ((value, parts), gradients), _ = jax.lax.scan(part, zeros, batch)
         updates, optimizer_state = transform.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        new = _keep(TrainState(params, optimizer_state), where)
+        new = _keep(TrainState(params, optimizer_state, state.step + 1), where)
         return new, {"loss": value, **parts, "grad_norm": optax.tree.norm(gradients)}
 
     return step
+
+
+def _at_step(frozen: nnx.State, step: Array) -> nnx.State:
+    """The state of a model that knows at which step of its schedule it is; see `qjax.qat.set_step`."""
+
+    def tell(variable):
+        return variable.replace(step) if isinstance(variable, qat.Step) else variable
+
+    return jax.tree.map(tell, frozen, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _keep(tree: Any, where: Any) -> Any:

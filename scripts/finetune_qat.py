@@ -76,6 +76,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     loop("--weight-decay", type=float, default=0.01)
     loop("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (%(default)s)")
     loop("--clip", type=float, default=1.0, help="of the gradient's norm, 0 for none (%(default)s)")
+    loop("--start-step", type=int, default=0, help="first step with quantization (%(default)s)")
+    loop("--ramp-steps", type=int, default=0, help="over which it sets in (%(default)s)")
+    loop("--learn-scale", action="store_true", help="train the weights' scales as well (LSQ)")
+    loop("--clip-grid", action="store_true", help="no gradient for weights beyond the grid")
     loop("--lora-rank", type=int, default=0, help="train adapters of this rank only")
     loop("--lora-alpha", type=float, help="their factor is alpha / rank (default: 2 * rank)")
     loop("--distill", type=float, default=0.0, help="weight of the KL from the unquantized model")
@@ -175,7 +179,8 @@ class Fit:
             show(description="copying the teacher")
             self.teacher_graphdef, self.teacher = training_model.copied(loaded.model, dtype)
         unquantized = {}
-        if self.done == 0 and training_model.chosen_recipe(args) is not None:
+        layers = len(loaded.model.model.layers)
+        if self.done == 0 and training_model.chosen_recipe(args, layers) is not None:
             show(description="evaluating")
             loaded.model.model.embed_tokens.dtype = dtype
             nll = training_step.evaluate(loaded.model, self.held, self.part)
@@ -267,7 +272,7 @@ class Fit:
         }
         model = self.training.model()
         extra = self.run.restore(self.done, model, template)
-        self.training.take(model, extra["optimizer"])
+        self.training.take(model, extra["optimizer"], self.done)
         self.batches.set_state(extra["data"])
 
     def summary(self) -> str:

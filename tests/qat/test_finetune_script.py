@@ -1,5 +1,6 @@
 """scripts/finetune_qat.py and its parts: data, packing, steps, resumption, meshes, export."""
 
+import argparse
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ from qat_tiny_model import CONFIG, MOE_CONFIG, write_model
 from qjax import Sharding, evaluation, make_mesh
 from qjax.checkpoint import export, load
 from qjax.nn import modules
-from qjax.qarray import QArray
+from qjax.recipe import Recipe
 from qjax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -431,33 +432,87 @@ def test_distillation_starts_at_the_teacher(control, tmp_path, direction):
     assert abs(losses(only)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("recipe", ["none", "stored"])
-def test_adapters_on_plain_and_on_packed_weights(control, tmp_path, recipe):
+def held_out(model: Path, *options: object) -> float:
+    """Perplexity of a folder on the held-out windows of a run."""
+    args = script.parse([*map(str, options), "--lora-rank", "1", "--out", "x"])
+    loaded = load(model, dtype="float32", progress=False)
+    return np.exp(steps.evaluate(loaded.model, script.windows(args, Tokenizer.load(model))[1], 4))
+
+
+def projections(model: Path) -> list:
+    loaded = load(model, dtype="float32", progress=False)
+    found = [m.weight.get_value() for path, m in modules(loaded.model) if path.endswith("_proj")]
+    assert len(found) == 7 * CONFIG["num_hidden_layers"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_bits(control, tmp_path_factory) -> tuple[list[dict], tuple, Path]:
+    """The curve, options and export of a run through two-bit weights."""
+    _, common = control
+    options = (*common, "--recipe", "int2_1x32", "--steps", 300)
+    folder = tmp_path_factory.mktemp("runs")
+    rows = run(folder / "run", *options, "--export", folder / "exported")
+    return rows, options, folder / "exported"
+
+
+def test_training_through_two_bits_beats_rounding_to_them(control, two_bits, tmp_path):
+    _, common = control
+    rows, options, _ = two_bits
+    run(tmp_path / "plain", *common, "--steps", 300, "--export", tmp_path / "exported")
+    model = load(tmp_path / "exported", dtype="float32", recipe=int2_recipe(), progress=False)
+    export(model.model, tmp_path / "rounded", source=model, progress=False)
+    rounded = held_out(tmp_path / "rounded", *options)
+    before, after = perplexities(rows)
+    assert rows[0]["unquantized_perplexity"] < before
+    assert after < 0.85 * rounded and after < 0.05 * before
+
+
+def int2_recipe() -> Recipe:
+    args = argparse.Namespace(recipe="int2_1x32", ignore=["lm_head"])
+    return importlib.import_module("_training_model").chosen_recipe(args, 2)
+
+
+def test_the_exported_folder_is_the_model_that_was_evaluated(two_bits):
+    rows, options, exported = two_bits
+    assert {w.format.element for w in projections(exported)} == {"int2"}
+    # Norms, embeddings and scales are bfloat16 there.
+    np.testing.assert_allclose(held_out(exported, *options), perplexities(rows)[-1], rtol=0.01)
+
+
+def test_schedules_and_learned_scales(control, tmp_path):
+    _, common = control
+    options = (*common, "--recipe", "int2_1x32", "--learn-scale", "--start-step", 4, "--clip", 0)
+    late = run(tmp_path / "late", *options, "--ramp-steps", 4, "--save-every", 6)
+    plain = run(tmp_path / "plain", *common, "--clip", 0)
+    np.testing.assert_allclose(losses(late)[:4], losses(plain)[:4], rtol=1e-6)
+    assert losses(late)[6] > losses(plain)[6] + 1e-3
+    shutil.rmtree(tmp_path / "late" / "checkpoints" / "step_00000012")
+    again = run(tmp_path / "late", *options, "--ramp-steps", 4, "--save-every", 6, "--resume")
+    assert untimed(again) == untimed(late)
+    assert perplexities(late)[-1] < 0.3 * perplexities(late)[0]
+
+
+@pytest.mark.parametrize("recipe", ["W4A16_G32", "stored"])
+def test_adapters_on_rounded_and_on_packed_weights(control, tmp_path, recipe):
     _, common = control
     model = common[common.index("--model") + 1]
     if recipe == "stored":
-        model = tmp_path / "packed"
-        loaded = load(common[common.index("--model") + 1], recipe="W4A16_G32", progress=False)
-        export(loaded.model, model, source=loaded, progress=False)
-    options = (*common, "--model", model, "--recipe", recipe, "--steps", 30, "--lr", 1e-2)
-    out = tmp_path / "exported"
-    rows = run(tmp_path / "run", *options, "--lora-rank", 8, "--save-every", 10, "--export", out)
+        loaded = load(model, recipe="W4A16_G32", progress=False)
+        model = export(loaded.model, tmp_path / "packed", source=loaded, progress=False)
+    options = (*common, "--model", model, "--recipe", recipe, "--steps", 20, "--lr", 1e-2)
+    options = (*options, "--lora-rank", 8, "--save-every", 10)
+    rows = run(tmp_path / "run", *options, "--export", tmp_path / "exported")
     assert losses(rows)[-1] < losses(rows)[0] - 0.5
     assert perplexities(rows)[-1] < 0.7 * perplexities(rows)[0]
-    resumed = curve(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000030")
-    again = run(tmp_path / "run", *options, "--lora-rank", 8, "--save-every", 10, "--resume")
-    assert untimed(again) == untimed(resumed)
-    model = load(out, dtype="float32", progress=False)
-    kinds = {
-        isinstance(module.weight.get_value(), QArray)
-        for path, module in modules(model.model)
-        if path.endswith("_proj")
-    }
-    assert kinds == {recipe == "stored"}
-    held = script.windows(
-        script.parse([*map(str, options), "--lora-rank", "8", "--out", "x"]), Tokenizer.load(out)
-    )[1]
-    # The exported folder rounds norms and embeddings to bfloat16.
-    nll = steps.evaluate(model.model, held, 4)
-    np.testing.assert_allclose(np.exp(nll), perplexities(rows)[-1], rtol=0.02)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
+    assert untimed(run(tmp_path / "run", *options, "--resume")) == untimed(rows)
+    assert {w.format.block_shape for w in projections(tmp_path / "exported")} == {(1, 32)}
+    exported = held_out(tmp_path / "exported", *options)
+    np.testing.assert_allclose(exported, perplexities(rows)[-1], rtol=0.02)
+    frozen = dict(modules(load(model, dtype="float32", progress=False).model))
+    tuned = dict(modules(load(tmp_path / "exported", dtype="float32", progress=False).model))
+    for path in ("model.embed_tokens", "model.norm"):
+        np.testing.assert_allclose(
+            tuned[path].weight.get_value(), frozen[path].weight.get_value(), rtol=2**-8
+        )
