@@ -51,7 +51,7 @@ def logits(query, key, *, swizzle: int) -> Array:
 
 
 def logits_and_values(
-    query, key, p: Array, value, out: Array, *, swizzle: int
+    query, key, p: Array, value, out: Array, *, swizzle: int, pending: int = 0
 ) -> tuple[Array, Array]:
     """`logits` of one tile and ``out + p @ value`` of the tile before it, in one turn.
 
@@ -62,8 +62,9 @@ def logits_and_values(
         value: Shared memory [S, Hv], tiled and swizzled like `key`; Hv a multiple of swizzle / 2 up to 256.
         out: float32 [64, Hv] in ``Layout.WGMMA``.
         swizzle: Bytes: 32, 64 or 128.
+        pending: 1 returns as soon as the logits are there; the output is not before `settle`.
     """
-    emit = functools.partial(_emit, swizzle=swizzle)
+    emit = functools.partial(_emit, swizzle=swizzle, pending=pending)
 
     def product(ctx, query, key, p, value, out):
         del ctx
@@ -78,6 +79,41 @@ def logits_and_values(
         arg_types=(ref, ref, registers, ref, registers),
         return_type=(_sums(key.shape[0]), _sums(value.shape[1])),
     )(product)(query, key, p, value, out)
+
+
+def settle(out: Array, p: Array, following: Array) -> Array:
+    """Waits for an output that was pending on `p`; the following p is complete before."""
+
+    def wait(ctx, out, p, following):
+        del ctx
+        tied = [_scalar(r) for r in out.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
+        before, after = _words(following), _words(p)
+        constraints = ["=f"] * len(tied) + [str(i) for i in range(len(tied))]
+        constraints += ["r"] * len(before + after)
+        # Reads that never happen (no GPU has 0 SMs), though ptxas cannot know. Those before the wait keep it from
+        # moving the softmax after it. Those after keep the registers of p: before 13.3 it may reuse them as soon
+        # as their wgmma is issued.
+        ptx = ["{", ".reg .pred never; .reg .b32 sms;"]
+        ptx.append("mov.u32 sms, %nsmid; setp.eq.u32 never, sms, 0;")
+
+        def read(first: int, words):
+            for i in range(first, first + len(words), 4):
+                ptx.append(
+                    f"@never st.shared.v4.b32 [sms], {{${i}, ${i + 1}, ${i + 2}, ${i + 3}}};"
+                )
+
+        read(2 * len(tied), before)
+        ptx.append("wgmma.wait_group.sync.aligned 0;")
+        read(2 * len(tied) + len(before), after)
+        text = "\n".join([*ptx, "}"])
+        types = [ir.F32Type.get()] * len(tied)
+        return _array(_asm(types, [*tied, *before, *after], text, ",".join(constraints)))
+
+    wait.interpret_impl = lambda out, p, following: out  # pyright: ignore[reportFunctionMemberAccess]
+    registers = plgpu.Layout.WGMMA
+    return plgpu.inline_mgpu(
+        arg_types=(registers, registers, registers), return_type=_sums(out.shape[1])
+    )(wait)(out, p, following)
 
 
 def values(p: Array, value, out: Array, *, swizzle: int) -> Array:
@@ -124,7 +160,7 @@ def _tiled(dtype, swizzle: int) -> plgpu.RefType:
     return plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
-def _emit(*, query=None, key=None, p=None, value=None, out=None, swizzle: int):
+def _emit(*, query=None, key=None, p=None, value=None, out=None, swizzle: int, pending: int = 0):
     """Takes the turn, issues what products there are arguments for, hands the turn over and waits."""
     outputs, inputs, tied, body = [], [], [], []
     columns = 0
@@ -161,17 +197,11 @@ def _emit(*, query=None, key=None, p=None, value=None, out=None, swizzle: int):
         sums = "{" + ",".join(f"${first + i}" for i in range(width // 2)) + "}"
         outputs += [None] * (width // 2)
         tied = [_scalar(r) for r in out.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
-        i32 = ir.IntegerType.get_signless(32)
-        part = []
+        words = [operand(word) for word in _words(p)]
+        kind = f"m64n{width}k16.f32.{dtype}.{dtype}"
         for i in range(depth // _DEPTH):
-            words = [
-                operand(utils.bitcast(r, i32))
-                for r in p[:, i * _DEPTH : (i + 1) * _DEPTH].registers.flat
-            ]
-            kind = f"m64n{width}k16.f32.{dtype}.{dtype}"
-            part.append((f"{{{','.join(words)}}}", kind, v_offset(i)))
-        for left, kind, offset in part:
-            issue(left, kind, v_base, offset, sums, "yes", "1, 1, 1")
+            left = "{" + ",".join(words[4 * i : 4 * i + 4]) + "}"
+            issue(left, kind, v_base, v_offset(i), sums, "yes", "1, 1, 1")
         body.append("wgmma.commit_group.sync.aligned;")
 
     ptx = [
@@ -184,7 +214,7 @@ def _emit(*, query=None, key=None, p=None, value=None, out=None, swizzle: int):
         "wgmma.fence.sync.aligned;",
         *body,
         "bar.arrive other, 256;",
-        "wgmma.wait_group.sync.aligned 0;",
+        f"wgmma.wait_group.sync.aligned {pending};",
         "}",
     ]
     text, shift = "\n".join(ptx), len(outputs) + len(tied)
@@ -239,6 +269,13 @@ def _descriptor(ref, swizzle: int, size: int, role: str):
         return i // per_group * stride + i % per_group * strides[0]
 
     return base, offset
+
+
+def _words(p: fa.FragmentedArray) -> list[ir.Value]:
+    """Pairs of 16-bit values, four for each slice of depth 16."""
+    i32 = ir.IntegerType.get_signless(32)
+    slices = [p[:, i : i + _DEPTH] for i in range(0, p.shape[1], _DEPTH)]
+    return [utils.bitcast(r, i32) for part in slices for r in part.registers.flat]
 
 
 def _scalar(register: ir.Value) -> ir.Value:

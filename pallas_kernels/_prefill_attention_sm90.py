@@ -18,13 +18,13 @@ issues its products in its turn (`_attention_wgmma_sm90`) and computes its softm
                                               [turn] out += p v(last)
                                               out / sum -> o_smem -> TMA
 
-Queries are taken heaviest first (the last of a causal sequence see most keys), back and forth over the CTAs, so
-that all end together. Heads are taken in sections whose keys and values stay in the L2 cache.
+The schedule says which CTA takes which tiles of queries, so that all end together.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -57,6 +57,7 @@ class TileConfig:
     keys: int
     stages: int
     separate_output: bool
+    overlap: bool = True
 
     def smem_bytes(self, dim: int, value_dim: int) -> int:
         """Bytes of the tiles of 16-bit queries, keys, values and outputs."""
@@ -81,46 +82,51 @@ class Plan:
     window: int | None
     soft_cap: float | None
     sinks: bool
-    section: int  # pairs of sequence and KV head that are taken together
+    narrow: str | None  # dtype of 8-bit pages
     ctas: int
 
     @property
-    def q_tiles(self) -> int:
-        return pl.cdiv(self.rows, Q_TILE)
+    def pieces(self) -> int:
+        """Loads that make up a tile of keys."""
+        return 1 if self.page_size is None else max(self.tile.keys // self.page_size, 1)
 
     @property
-    def group(self) -> int:
-        return self.q_heads // self.kv_heads
-
-    @property
-    def items(self) -> int:
-        return self.batch * self.q_heads * self.q_tiles
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread of the producer and of a math warpgroup."""
+        return (80, 216) if self.narrow else (32, 240)
 
     @property
     def swizzle(self) -> int:
         return 128 if self.dim % 64 == 0 and self.value_dim % 64 == 0 else 64
 
 
-def scratch(plan: Plan, dtype) -> dict:
+def scratch(plan: Plan, dtype, out_dtype) -> dict:
+    """Shared memory and barriers of the kernel; `dtype` is what the tensor cores multiply."""
     tile, swizzle = plan.tile, plan.swizzle
     tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    per_tile = 1 if plan.page_size is None else max(tile.keys // plan.page_size, 1)
-    full = plgpu.Barrier(num_arrivals=per_tile, num_barriers=tile.stages)
+    arrivals = 1 if plan.narrow else plan.pieces
+    full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=tile.stages)
     empty = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.stages)
     queries = plgpu.SMEM((WARPGROUPS, ROWS, plan.dim), dtype, transforms=tiled)
-    output = plgpu.SMEM((WARPGROUPS, ROWS, plan.value_dim), dtype, transforms=tiled)
-    return dict(
+    output = plgpu.SMEM((WARPGROUPS, ROWS, plan.value_dim), out_dtype, transforms=tiled)
+    buffers = dict(
         qo_smem=(queries, output) if tile.separate_output else (queries,),
-        k_smem=plgpu.SMEM((tile.stages, tile.keys, plan.dim), dtype, transforms=tiled),
-        v_smem=plgpu.SMEM((tile.stages, tile.keys, plan.value_dim), dtype, transforms=tiled),
         q_full=plgpu.Barrier(num_barriers=WARPGROUPS),
         q_empty=plgpu.Barrier(num_barriers=WARPGROUPS),
-        k_full=full,
-        v_full=full,
-        k_empty=empty,
-        v_empty=empty,
-        v_edge=plgpu.Barrier(num_arrivals=per_tile),
     )
+    for name, dim in (("k_", plan.dim), ("v_", plan.value_dim)):
+        buffers |= {
+            name + "smem": plgpu.SMEM((tile.stages, tile.keys, dim), dtype, transforms=tiled),
+            name + "full": full,
+            name + "empty": empty,
+            name + "arrived": plgpu.Barrier(num_arrivals=plan.pieces),
+        }
+        if plan.narrow:
+            width = min(dim, 128)
+            transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width))
+            shape = (tile.keys, dim)
+            buffers[name + "narrow"] = plgpu.SMEM(shape, plan.narrow, transforms=transforms)
+    return buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +158,12 @@ class _Item:
     last: Array
 
 
-def _item_at(i, plan: Plan, offsets_gmem, query_lengths_gmem, lengths_gmem) -> _Item:
-    """The i-th item of this CTA: heaviest first, back and forth over the CTAs."""
-    cta = lax.axis_index("cta")
-    at = i * plan.ctas + lax.select(lax.rem(i, 2) == 0, cta, plan.ctas - 1 - cta)
-    heads = plan.section * plan.group
-    section, at = lax.div(at, heads * plan.q_tiles), lax.rem(at, heads * plan.q_tiles)
-    q_tile, head = plan.q_tiles - 1 - lax.div(at, heads), lax.rem(at, heads)
-    pair = section * plan.section + lax.div(head, plan.group)
-    sequence, kv_head = lax.div(pair, plan.kv_heads), lax.rem(pair, plan.kv_heads)
+def _item(at, plan: Plan, offsets_gmem, query_lengths_gmem, lengths_gmem) -> _Item:
+    """The item of an entry of the schedule: tile of queries + tiles * (head + heads * sequence)."""
+    q_tiles = pl.cdiv(plan.rows, Q_TILE)
+    q_tile, at = lax.rem(at, q_tiles), lax.div(at, q_tiles)
+    head, sequence = lax.rem(at, plan.q_heads), lax.div(at, plan.q_heads)
+    kv_head = lax.div(head, plan.q_heads // plan.kv_heads)
     row, keys = q_tile * Q_TILE, plan.tile.keys
     length, count = lengths_gmem[sequence], query_lengths_gmem[sequence]
     position = offsets_gmem[sequence] + row
@@ -175,7 +178,7 @@ def _item_at(i, plan: Plan, offsets_gmem, query_lengths_gmem, lengths_gmem) -> _
         low = lax.div(lax.max(end - plan.window, 0) + keys - 1, keys)
     return _Item(
         sequence=sequence,
-        head=kv_head * plan.group + lax.rem(head, plan.group),
+        head=head,
         kv_head=kv_head,
         row=row,
         position=position,
@@ -187,41 +190,42 @@ def _item_at(i, plan: Plan, offsets_gmem, query_lengths_gmem, lengths_gmem) -> _
     )
 
 
-def _item_count(plan: Plan):
-    """Items of this CTA."""
-    rounds, rest = divmod(plan.items, plan.ctas)
-    cta = lax.axis_index("cta")
-    position = cta if rounds % 2 == 0 else plan.ctas - 1 - cta
-    return rounds + (position < rest).astype(jnp.int32)
-
-
 def kernel(
     q_gmem,
     k_gmem,
     v_gmem,
     table_gmem,
+    schedule_gmem,
     offsets_gmem,
     query_lengths_gmem,
     lengths_gmem,
     logit_scale_gmem,
+    value_scale_gmem,
     sinks_gmem,
     out_gmem,
     *,
     plan: Plan,
     **scratch,
 ):
-    wg = lax.axis_index("wg")
+    wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+    items = schedule_gmem[cta, 0]
     bounds = (plan, offsets_gmem, query_lengths_gmem, lengths_gmem)
 
     @pl.when(wg == WARPGROUPS)
     def producer():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(plan.registers[0], action="decrease")
+
+        streams = [
+            _Stream(source, *(scratch.get(name + part) for part in _STREAM_PARTS))
+            for source, name in ((k_gmem, "k_"), (v_gmem, "v_"))
+        ]
+        queries = (scratch["qo_smem"][0], scratch["q_full"], scratch["q_empty"])
 
         def load(i, done):
-            item = _item_at(i, *bounds)
-            return _load_item(item, i, done, plan, (q_gmem, k_gmem, v_gmem, table_gmem), **scratch)
+            item = _item(schedule_gmem[cta, i + 1], *bounds)
+            return _load_item(item, i, done, plan, q_gmem, table_gmem, *streams, *queries)
 
-        done = lax.fori_loop(0, _item_count(plan), load, jnp.int32(0))
+        done = lax.fori_loop(0, items, load, jnp.int32(0))
 
         # Nobody waits for the last completions of these.
         for barrier in (scratch["k_empty"], scratch["v_empty"]):
@@ -235,95 +239,117 @@ def kernel(
 
     @pl.when(wg < WARPGROUPS)
     def math_():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(plan.registers[1], action="increase")
         pl.when(wg == 1)(wgmma.offer_first_turn)
 
         def attend(i, done):
-            item = _item_at(i, *bounds)
-            scales = (logit_scale_gmem[item.kv_head], sinks_gmem[item.head])
+            item = _item(schedule_gmem[cta, i + 1], *bounds)
+            scales = (
+                logit_scale_gmem[item.kv_head],
+                value_scale_gmem[item.kv_head],
+                sinks_gmem[item.head],
+            )
             return _attend_item(item, i, done, wg, plan, scales, out_gmem, **scratch)
 
-        lax.fori_loop(0, _item_count(plan), attend, jnp.int32(0))
+        lax.fori_loop(0, items, attend, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
+_STREAM_PARTS = ("smem", "narrow", "full", "empty", "arrived")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """What the producer needs to load keys, or values.
+
+    Attributes:
+        source: Device memory.
+        tiles: Shared memory: 16-bit tiles, one for each stage.
+        narrow: Shared memory: a tile of 8-bit codes on its way to become one of them, or None.
+        full: Barriers of the stages' loads.
+        empty: Barriers of the stages' reads.
+        arrived: Barrier of a tile that the producer changes before the others may see it.
+    """
+
+    source: Any
+    tiles: Any
+    narrow: Any
+    full: Any
+    empty: Any
+    arrived: Any
+
+
 def _load_item(
-    item: _Item,
-    i,
-    done,
-    plan: Plan,
-    sources,
-    *,
-    qo_smem,
-    k_smem,
-    v_smem,
-    q_full,
-    q_empty,
-    k_full,
-    v_full,
-    k_empty,
-    v_empty,
-    v_edge,
-    **_,
+    item: _Item, i, done, plan: Plan, q_gmem, table_gmem, keys, values, q_smem, q_full, q_empty
 ):
     """The producer's part of an item; returns the number of tiles of keys loaded so far."""
-    q_gmem, k_gmem, v_gmem, table_gmem = sources
-    q_smem = qo_smem[0]
-    keys, stages, page_size = plan.tile.keys, plan.tile.stages, plan.page_size
+    rows, stages, page_size = plan.tile.keys, plan.tile.stages, plan.page_size
     count = item.last - item.first
 
     def copy(source, target, tile, full):
         if page_size is None:
-            rows = pl.ds(tile * keys, keys)
-            plgpu.copy_gmem_to_smem(source.at[item.sequence, rows, item.kv_head], target, full)
+            part = pl.ds(tile * rows, rows)
+            plgpu.copy_gmem_to_smem(source.at[item.sequence, part, item.kv_head], target, full)
             return
-        piece, last_page = min(keys, page_size), table_gmem.shape[1] - 1
-        offset = lax.rem(tile * keys, page_size) if page_size > keys else 0
-        for j in range(keys // piece):
+        piece, last = rows // plan.pieces, table_gmem.shape[1] - 1
+        offset = lax.rem(tile * rows, page_size) if page_size > rows else 0
+
+        # A bound that the compiler cannot know: unrolled, the loop would need more registers than there are.
+        @pl.loop(0, lax.select(done >= 0, plan.pieces, 0))
+        def _(j):
             # Pages past the table repeat its last entry and are masked.
-            page = table_gmem[
-                item.sequence, lax.min(lax.div(tile * keys, page_size) + j, last_page)
-            ]
+            at = lax.min(lax.div(tile * rows, page_size) + j, last)
             plgpu.copy_gmem_to_smem(
-                source.at[page, item.kv_head, pl.ds(offset, piece)],
-                target.at[pl.ds(j * piece, piece)],
+                source.at[table_gmem[item.sequence, at], item.kv_head, pl.ds(offset, piece)],
+                target.at[pl.ds(pl.multiple_of(j * piece, piece), piece)],
                 full,
             )
 
-    def wait_empty(empty, at):
+    def load(stream: _Stream, j, clean: bool):
+        """Tile j from the last; `clean` zeroes the tokens past the sequence's end, which may be NaN."""
+        at, tile = done + j, item.last - 1 - j
+        slot = lax.rem(at, stages)
+        target, full = stream.tiles.at[slot], stream.full.at[slot]
+        valid = item.length - tile * rows
+
         @pl.when(at >= stages)
         def _():
-            plgpu.barrier_wait(empty.at[lax.rem(at, stages)])
+            plgpu.barrier_wait(stream.empty.at[slot])
             plgpu.commit_smem()  # orders reads by the math warpgroups before the TMA's writes
 
-    def load_keys(at, tile):
-        slot = lax.rem(at, stages)
-        wait_empty(k_empty, at)
-        copy(k_gmem, k_smem.at[slot], tile, k_full.at[slot])
-
-    def load_values(at, tile):
-        slot = lax.rem(at, stages)
-        wait_empty(v_empty, at)
-        if not plan.ragged:
-            copy(v_gmem, v_smem.at[slot], tile, v_full.at[slot])
-            return
-        valid = item.length - tile * keys
-
-        @pl.when(valid >= keys)
-        def whole():
-            copy(v_gmem, v_smem.at[slot], tile, v_full.at[slot])
-
-        @pl.when(valid < keys)
-        def partial():
-            # Zero times whatever lies past the sequence's end must be zero, NaN too.
-            copy(v_gmem, v_smem.at[slot], tile, v_edge)
-            plgpu.barrier_wait(v_edge)
-            _zero_rows(v_smem.at[slot], valid, plan)
+        def change():
+            """Takes the tile that arrived from where it is to `target`, and tells the others."""
+            plgpu.barrier_wait(stream.arrived)
+            _rewrite(stream.narrow or target, target, plan, valid if clean else None)
             plgpu.commit_smem()
-            for _ in range(1 if page_size is None else max(keys // page_size, 1)):
-                plgpu.barrier_arrive(v_full.at[slot])
+            for _ in range(1 if plan.narrow else plan.pieces):
+                plgpu.barrier_arrive(full)
 
-    load_keys(done, item.last - 1)
+        if plan.narrow:
+            change()
+
+            @pl.when(j + 1 < count)
+            def _():
+                copy(stream.source, stream.narrow, tile - 1, stream.arrived)
+
+        elif clean:
+
+            @pl.when(valid >= rows)
+            def _():
+                copy(stream.source, target, tile, full)
+
+            @pl.when(valid < rows)
+            def _():
+                copy(stream.source, target, tile, stream.arrived)
+                change()
+
+        else:
+            copy(stream.source, target, tile, full)
+
+    if plan.narrow:
+        for stream in (keys, values):
+            copy(stream.source, stream.narrow, item.last - 1, stream.arrived)
+    load(keys, 0, False)
     for wg in range(WARPGROUPS):
 
         @pl.when(i > 0)
@@ -331,35 +357,40 @@ def _load_item(
             plgpu.barrier_wait(q_empty.at[wg])
             plgpu.commit_smem()
 
-        rows = pl.ds(item.row + wg * ROWS, ROWS)
+        part = pl.ds(item.row + wg * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(
-            q_gmem.at[item.sequence, rows, item.head], q_smem.at[wg], q_full.at[wg]
+            q_gmem.at[item.sequence, part, item.head], q_smem.at[wg], q_full.at[wg]
         )
-    load_values(done, item.last - 1)
+    load(values, 0, plan.ragged)
 
     @pl.loop(1, count)
     def _(j):
-        load_keys(done + j, item.last - 1 - j)
-        load_values(done + j, item.last - 1 - j)
+        load(keys, j, False)
+        load(values, j, plan.ragged)
 
     return done + count
 
 
-def _zero_rows(ref, valid, plan: Plan) -> None:
-    """Zeroes the rows of a tile of values from `valid` on."""
-    columns = plan.swizzle // 2
-    last = plan.tile.keys - ROWS
-    for row in [*range(0, last, ROWS), last]:  # the last rows may be visited twice
+def _rewrite(source, target, plan: Plan, valid) -> None:
+    """The source's values in the target's dtype, rows from `valid` on zeros; they may be one buffer."""
+    rows, dim = target.shape
+    columns = min(dim, 128) if plan.narrow else plan.swizzle // 2  # of whole swizzled rows
+    layout = plgpu.Layout.WGMMA_8BIT if plan.narrow else plgpu.Layout.WGMMA
+    for row in [*range(0, rows - ROWS, ROWS), rows - ROWS]:  # the last rows may come twice
 
-        @pl.when(valid < row + ROWS)
-        def _(row=row):
-            for column in range(0, plan.value_dim, columns):
-                part = ref.at[pl.ds(row, ROWS), pl.ds(column, columns)]
-                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                token = plgpu.broadcasted_iota(
-                    jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA
-                )
-                part[...] = jnp.where(token + row < valid, values, jnp.zeros_like(values))
+        def part(row=row):
+            for column in range(0, dim, columns):
+                index = (pl.ds(row, ROWS), pl.ds(column, columns))
+                x = plgpu.load(source.at[index], layout=layout).astype(target.dtype)
+                if valid is not None:
+                    token = row + plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
+                    x = jnp.where(token < valid, x, jnp.zeros_like(x))
+                target.at[index][...] = x
+
+        if plan.narrow:
+            part()
+        else:
+            pl.when(valid < row + ROWS)(part)
 
 
 def _attend_item(
@@ -386,7 +417,7 @@ def _attend_item(
     stages, swizzle = plan.tile.stages, plan.swizzle
     layout = plgpu.Layout.WGMMA
     row_layout = layout.reduce(1)
-    logit_scale, sink = scales
+    logit_scale, value_scale, sink = scales
     q_smem, o_smem = qo_smem[0], qo_smem[-1]
     queries, separate = q_smem.at[wg], plan.tile.separate_output
 
@@ -403,13 +434,26 @@ def _attend_item(
         slot, before = lax.rem(done + j, stages), lax.rem(done + j - 1, stages)
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[before])
+        overlap = plan.tile.overlap
         s, out = wgmma.logits_and_values(
-            queries, k_smem.at[slot], p, v_smem.at[before], out, swizzle=swizzle
+            queries,
+            k_smem.at[slot],
+            p,
+            v_smem.at[before],
+            out,
+            swizzle=swizzle,
+            pending=int(overlap),
         )
         plgpu.barrier_arrive(k_empty.at[slot])
-        plgpu.barrier_arrive(v_empty.at[before])
-        p, top, total, rescale = softmax(s, top, total, tile=item.last - 1 - j, masked=masked)
-        return p.astype(q_smem.dtype), top, total, out * spread(rescale, out.shape)
+        if not overlap:
+            plgpu.barrier_arrive(v_empty.at[before])
+        tile = item.last - 1 - j
+        weights, top, total, rescale = softmax(s, top, total, tile=tile, masked=masked)
+        following = weights.astype(q_smem.dtype)
+        if overlap:
+            out = wgmma.settle(out, p, following)
+            plgpu.barrier_arrive(v_empty.at[before])
+        return following, top, total, out * spread(rescale, out.shape)
 
     slot = lax.rem(done, stages)
     plgpu.barrier_wait(q_full.at[wg])
@@ -448,8 +492,8 @@ def _attend_item(
         best = jnp.maximum(top, sink)
         mine = jnp.exp2(top - best)
         weight = mine / (total * mine + jnp.exp2(sink - best))
-    weight = jnp.where(seen, weight, jnp.zeros_like(weight))
-    out = (out * spread(weight, out.shape)).astype(out_gmem.dtype)
+    weight = jnp.where(seen, weight * value_scale, jnp.zeros_like(weight))
+    out = (out * spread(weight, out.shape)).astype(o_smem.dtype)
     target = o_smem.at[wg]
     if separate:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -4,9 +4,11 @@
 """
 
 import functools
+import heapq
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -25,14 +27,24 @@ from qjax.pallas_kernels._prefill_attention_sm90 import (
 SECTION_BYTES = 24 * 2**20  # of keys and values that share the L2 cache
 SMEM_BYTES = 225 * 1024  # of one CTA's 227, for tiles; the rest is for barriers
 DTYPES = ("bfloat16", "float16")
+NARROW_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 
 
-def choose_tile(dim: int, value_dim: int, page_size: int | None = None) -> TileConfig:
-    """The largest tile whose logits, probabilities and outputs fit the registers, and two stages shared memory."""
+def choose_tile(
+    dim: int, value_dim: int, *, page_size: int | None = None, narrow: bool = False
+) -> TileConfig:
+    """The largest tile whose logits, probabilities and outputs fit the registers, and two stages shared memory.
+
+    Args:
+        dim: H.
+        value_dim: Hv.
+        page_size: Tokens of a page, None for contiguous keys.
+        narrow: Whether keys and values are 8-bit codes, which take registers of the math warpgroups to decode.
+    """
     if value_dim > 128:
-        return TileConfig(keys=64, stages=2, separate_output=False)
-    for keys in (128, 112, 64):
-        config = TileConfig(keys=keys, stages=2, separate_output=True)
+        return TileConfig(keys=64, stages=2, separate_output=False, overlap=not narrow)
+    for keys in (128, 96, 64):
+        config = TileConfig(keys=keys, stages=2, separate_output=True, overlap=not narrow)
         whole = page_size is None or keys % page_size == 0 or page_size % keys == 0
         if whole and config.smem_bytes(dim, value_dim) <= SMEM_BYTES:
             return config
@@ -47,6 +59,7 @@ def unsupported_reason(
     *,
     dtype: DTypeLike = "bfloat16",
     page_size: int | None = None,
+    page_dtype: DTypeLike | None = None,
 ) -> str | None:
     """Why the kernel can't attend with these sizes, None if it can."""
     name = jnp.dtype(dtype).name
@@ -57,6 +70,14 @@ def unsupported_reason(
     sizes = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
     if (head_dim, value_dim) not in sizes:
         return f"head_dim and value_dim must be one of {sizes}; found {(head_dim, value_dim)}"
+    page_dtype = dtype if page_dtype is None else page_dtype
+    narrow = jnp.dtype(page_dtype).name in NARROW_DTYPES
+    if not narrow and jnp.dtype(page_dtype) != jnp.dtype(dtype):
+        return (
+            f"pages must be {name} like the queries or one of {NARROW_DTYPES}; found {page_dtype}"
+        )
+    if narrow and head_dim not in (64, 128, 256):
+        return f"8-bit pages need head_dim 64, 128 or 256; found {head_dim}"
     if page_size is not None:
         if page_size % 8 or (64 % page_size and page_size % 64):
             return f"page_size must be 8, 16, 32 or a multiple of 64; found {page_size}"
@@ -125,6 +146,8 @@ def prefill_attention(
         page_size=None,
         ragged=ragged,
         capacity=keys,
+        key_scale=None,
+        value_scale=None,
         causal=causal,
         query_offsets=query_offsets,
         query_lengths=query_lengths,
@@ -144,6 +167,8 @@ def paged_prefill_attention(
     page_table: Array,
     lengths: Array,
     *,
+    key_scale: Array | None = None,
+    value_scale: Array | None = None,
     causal: bool = True,
     query_offsets: Array | None = None,
     query_lengths: Array | None = None,
@@ -158,10 +183,12 @@ def paged_prefill_attention(
 
     Args:
         query: [B, T, N, H], bfloat16 or float16.
-        key_pages: [P, K, page_size, H] of the query's dtype.
+        key_pages: [P, K, page_size, H] of the query's dtype, or e4m3 or e5m2 codes.
         value_pages: [P, K, page_size, Hv] likewise.
         page_table: int32 [B, pages]; entries past a sequence's pages may be anything.
         lengths: int32 [B]: keys of each sequence, those of its queries included.
+        key_scale: float32 [K], positive: key = page's value * key_scale. Default 1.
+        value_scale: Likewise.
         causal: As in `prefill_attention`, like all that follow.
         query_offsets: Default lengths - query_lengths.
         query_lengths: Default T.
@@ -184,8 +211,9 @@ def paged_prefill_attention(
             f"[P, K, page_size, Hv]; found {[list(x.shape) for x in (query, key_pages, value_pages)]}"
         )
     batch, (pages, kv_heads, page_size, _) = query.shape[0], key_pages.shape
-    _expect("key_pages", key_pages, (pages, kv_heads, page_size, query.shape[3]), query.dtype)
-    _expect("value_pages", value_pages, (*key_pages.shape[:3], value_pages.shape[3]), query.dtype)
+    shape = (pages, kv_heads, page_size)
+    _expect("key_pages", key_pages, (*shape, query.shape[3]), key_pages.dtype)
+    _expect("value_pages", value_pages, (*shape, value_pages.shape[3]), key_pages.dtype)
     _expect("page_table", page_table, (batch, *page_table.shape[1:2]), jnp.int32)
     return _attend(
         query,
@@ -196,6 +224,8 @@ def paged_prefill_attention(
         page_size=page_size,
         ragged=True,
         capacity=page_table.shape[1] * page_size,
+        key_scale=key_scale,
+        value_scale=value_scale,
         causal=causal,
         query_offsets=query_offsets,
         query_lengths=query_lengths,
@@ -226,6 +256,8 @@ def _attend(
     page_size,
     ragged,
     capacity,
+    key_scale,
+    value_scale,
     causal,
     query_offsets,
     query_lengths,
@@ -239,7 +271,13 @@ def _attend(
     batch, rows, q_heads, dim = query.shape
     kv_heads, value_dim = key.shape[2 if page_size is None else 1], value.shape[3]
     reason = unsupported_reason(
-        q_heads, kv_heads, dim, value_dim, dtype=query.dtype, page_size=page_size
+        q_heads,
+        kv_heads,
+        dim,
+        value_dim,
+        dtype=query.dtype,
+        page_size=page_size,
+        page_dtype=key.dtype,
     )
     if reason:
         raise ValueError(f"prefill_attention: {reason}")
@@ -256,14 +294,20 @@ def _attend(
     if query_offsets is None:
         query_offsets = lengths - query_lengths
     sink_logits = jnp.zeros((q_heads,), jnp.float32) if sinks is None else sinks
+    ones = jnp.ones((kv_heads,), jnp.float32)
+    key_scale, value_scale = (ones if x is None else x for x in (key_scale, value_scale))
     for name, vector, size, dtype in (
         ("lengths", lengths, batch, jnp.int32),
         ("query_lengths", query_lengths, batch, jnp.int32),
         ("query_offsets", query_offsets, batch, jnp.int32),
         ("sinks", sink_logits, q_heads, jnp.float32),
+        ("key_scale", key_scale, kv_heads, jnp.float32),
+        ("value_scale", value_scale, kv_heads, jnp.float32),
     ):
         _expect(name, vector, (size,), dtype)
-    tile = choose_tile(dim, value_dim, page_size) if tile is None else tile
+    narrow = key.dtype.name if key.dtype.name in NARROW_DTYPES else None
+    if tile is None:
+        tile = choose_tile(dim, value_dim, page_size=page_size, narrow=narrow is not None)
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
     plan = Plan(
         batch=batch,
@@ -279,38 +323,72 @@ def _attend(
         window=sliding_window,
         soft_cap=logit_soft_cap,
         sinks=sinks is not None,
-        section=_section(batch * kv_heads, 2 * capacity * (dim + value_dim)),
+        narrow=narrow,
         ctas=min(num_sms, batch * q_heads * pl.cdiv(rows, Q_TILE)),
     )
     scale = dim**-0.5 if scale is None else scale
-    logit_scale = jnp.full((kv_heads,), scale * LOG2E, jnp.float32)
+    out_dtype = query.dtype
+    if narrow:  # float16 holds both 8-bit types exactly
+        query = query.astype(jnp.float16)
+    # Outputs that take the place of queries have their dtype until they are written.
+    written = out_dtype if tile.separate_output else query.dtype
     if rows % 8:
         query = jnp.pad(query, ((0, 0), (0, -rows % 8), (0, 0), (0, 0)))
     out = plgpu.kernel(
         functools.partial(kernel, plan=plan),
-        out_type=jax.ShapeDtypeStruct((*query.shape[:3], value_dim), query.dtype),
+        out_type=jax.ShapeDtypeStruct((*query.shape[:3], value_dim), written),
         grid=(plan.ctas,),
         grid_names=("cta",),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         kernel_name="prefill_attention",
-        scratch_types=scratch(plan, query.dtype),
+        scratch_types=scratch(plan, query.dtype, written),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(
         query,
         key,
         value,
         page_table,
+        jnp.asarray(_schedule(plan, capacity)),
         query_offsets,
         query_lengths,
         lengths,
-        logit_scale,
+        key_scale * (scale * LOG2E),
+        value_scale,
         sink_logits * LOG2E,
     )
-    return out[:, :rows] if rows % 8 else out
+    return (out[:, :rows] if rows % 8 else out).astype(out_dtype)
 
 
-def _section(pairs: int, bytes_each: int) -> int:
-    """Pairs of sequence and KV head to take together: the most that divide all and fit the cache."""
-    fit = max(1, SECTION_BYTES // bytes_each)
-    return max(n for n in range(1, pairs + 1) if pairs % n == 0 and n <= fit)
+@functools.lru_cache(maxsize=256)
+def _schedule(plan: Plan, capacity: int) -> np.ndarray:
+    """The number of items and the items of each CTA: int32 [ctas, 1 + rounds].
+
+    Each item goes to the CTA that is free first if all sequences are full, the heaviest items (the last of a causal
+    sequence see most keys) first. Heads are taken in sections whose keys and values stay in the L2 cache.
+    """
+    tiles = pl.cdiv(plan.rows, Q_TILE)
+    pairs, group = plan.batch * plan.kv_heads, plan.q_heads // plan.kv_heads
+    fit = max(1, SECTION_BYTES // (2 * capacity * (plan.dim + plan.value_dim)))
+    section = max(n for n in range(1, pairs + 1) if pairs % n == 0 and n <= fit)
+    # [sections, tiles, heads of a section]; a head's number counts through the batch.
+    heads = np.arange(pairs * group).reshape(-1, 1, section * group)
+    order = np.arange(tiles)[::-1].reshape(1, -1, 1)
+    items = (heads * tiles + order).reshape(-1)
+    end = np.minimum(capacity - plan.rows + (order + 1) * Q_TILE, capacity)
+    start = 0 if plan.window is None else np.maximum(end - Q_TILE - plan.window, 0)
+    keys = end - start if plan.causal else np.full_like(end, capacity)
+    # A tile of queries costs about as much as another 80 keys.
+    cost = np.broadcast_to(
+        np.maximum(keys, plan.tile.keys) + 80, (heads.shape[0], tiles, section * group)
+    )
+    free = [(0, cta) for cta in range(plan.ctas)]
+    lists: list[list[int]] = [[] for _ in free]
+    for item, work in zip(items.tolist(), cost.reshape(-1).tolist(), strict=True):
+        time, cta = free[0]
+        lists[cta].append(item)
+        heapq.heapreplace(free, (time + work, cta))
+    table = np.zeros((plan.ctas, 1 + max(map(len, lists))), np.int32)
+    for row, taken in zip(table, lists, strict=True):
+        row[0], row[1 : 1 + len(taken)] = len(taken), taken
+    return table

@@ -153,6 +153,34 @@ def test_pages(page_size, dim):
     assert relative_error(out, expected, options["query_lengths"]) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("dtype", "page_size", "dim"),
+    [("float8_e4m3fn", 32, 128), ("float8_e5m2", 128, 64), ("float8_e4m3fn", 64, 256)],
+)
+def test_fp8_pages(dtype, page_size, dim):
+    query, key, value = operands(2, 72, 300, 2, 2, dim)
+    key, value = (x.astype(dtype) for x in (key, value))
+    options = {"lengths": ints(290, 73), "query_lengths": ints(72, 40)}
+    scales = {"key_scale": jnp.array([0.7, 1.5]), "value_scale": jnp.array([2.0, 0.5])}
+    pages = paged(key, value, options["lengths"], page_size)
+    with testing.interpret():
+        out = paged_prefill_attention(
+            query,
+            *pages,
+            options["lengths"],
+            query_lengths=options["query_lengths"],
+            **scales,
+            num_sms=3,
+        )
+    key, value = (
+        np.asarray(x, np.float32) * np.asarray(scales[name])[:, None]
+        for x, name in ((key, "key_scale"), (value, "value_scale"))
+    )
+    expected = reference(query, key, value, options=options)
+    assert out.dtype == jnp.bfloat16
+    assert relative_error(out, expected, options["query_lengths"]) <= TOLERANCE
+
+
 def test_garbage_past_the_end_stays_out():
     query, key, value = operands(1, 64, 256, 1, 1, 64)
     key, value = (x.at[:, 70:].set(jnp.nan) for x in (key, value))
@@ -176,11 +204,15 @@ def test_one_cta_or_many_give_the_same():
 
 def test_tiles_fit_shared_memory():
     assert choose_tile(128, 128) == TileConfig(keys=128, stages=2, separate_output=True)
-    assert choose_tile(192, 128) == TileConfig(keys=112, stages=2, separate_output=True)
-    assert choose_tile(192, 128, 64) == TileConfig(keys=64, stages=2, separate_output=True)
-    assert choose_tile(128, 128, 192) == TileConfig(keys=64, stages=2, separate_output=True)
+    assert choose_tile(192, 128) == TileConfig(keys=96, stages=2, separate_output=True)
+    assert choose_tile(192, 128, page_size=64) == TileConfig(
+        keys=64, stages=2, separate_output=True
+    )
+    assert choose_tile(128, 128, page_size=320) == TileConfig(
+        keys=64, stages=2, separate_output=True
+    )
     assert choose_tile(256, 256) == TileConfig(keys=64, stages=2, separate_output=False)
-    assert choose_tile(192, 128).smem_bytes(192, 128) == 225280
+    assert choose_tile(192, 128).smem_bytes(192, 128) == 204800
 
 
 def test_bad_arguments_are_named():
@@ -214,10 +246,17 @@ def test_ptxas_neither_spills_nor_serializes():
             {"lengths": ints(9), "sliding_window": 99, "logit_soft_cap": 30.0},
         ):
             jobs.append((lambda *a, o=options: prefill_attention(*a, num_sms=132, **o), args))
-    for page_size in (16, 128):
-        query, key, value = operands(1, 256, 256, 2, 1, 128)
-        pages = (*paged(key, value, ints(0), page_size), ints(0))
-        jobs.append((lambda *a: paged_prefill_attention(*a, num_sms=132), (query, *pages)))
+    for page_size, dim, dtype in (
+        (16, 128, "bfloat16"),
+        (128, 128, "bfloat16"),
+        (16, 64, "float8_e4m3fn"),
+        (64, 128, "float8_e4m3fn"),
+        (16, 256, "float8_e5m2"),
+    ):
+        query, key, value = operands(1, 256, 256, 2, 1, dim)
+        pages = paged(key.astype(dtype), value.astype(dtype), ints(0), page_size)
+        args = (query, *pages, ints(0))
+        jobs.append((lambda *a: paged_prefill_attention(*a, num_sms=132), args))
     for (report,) in testing.ptxas_reports(jobs):
         report.check()
         assert report.stack_bytes == 0
@@ -241,8 +280,10 @@ def test_gpu_matches_the_reference(dims, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [16, 64, 128])
-def test_gpu_reads_pages(page_size):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_gpu_reads_pages(page_size, dtype):
     query, key, value = operands(2, 256, 900, 4, 2, 128)
+    key, value = key.astype(dtype), value.astype(dtype)
     options = {"lengths": ints(890, 200), "query_lengths": ints(256, 199)}
     pages = paged(key, value, options["lengths"], page_size)
     out = jax.jit(paged_prefill_attention)(
