@@ -105,7 +105,7 @@ def test_how_it_is_computed_does_not_change_the_curve(control, tmp_path, options
 
 def test_experts_on_eight_devices(text, tmp_path):
     folder = write_model(tmp_path / "moe", MOE_CONFIG)
-    options = (*SHORT, "--model", folder, "--data", text, "--recipe", "none", "--steps", 4)
+    options = (*SHORT, "--model", folder, "--data", text, "--recipe", "W4A16_G32", "--steps", 4)
     one = run(tmp_path / "one", *options)
     eight = run(tmp_path / "eight", *options, "--expert", 2, "--fsdp", 2, "--tensor", 2)
     np.testing.assert_allclose(losses(eight), losses(one), rtol=1e-3)
