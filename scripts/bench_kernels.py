@@ -30,7 +30,7 @@ from qjax.pallas_kernels.fp8_quantize_sm90 import (
 )
 from qjax.pallas_kernels.fp8_rowwise_gemm_sm90 import fp8_rowwise_gemm
 from qjax.pallas_kernels.int4_gemm_sm90 import int4_gemm, repack
-from qjax.pallas_kernels.paged_attention_fp8_sm90 import paged_decode_attention
+from qjax.pallas_kernels.paged_attention_sm90 import paged_decode_attention
 
 ROOT = Path(__file__).parents[1]
 DEEPSEEK_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qjax.ops._dispatch import choose, device_reason
+from qjax.formats import WHOLE
+from qjax.ops._dispatch import choose, device_reason, num_sms
+from qjax.pallas_kernels import paged_attention_sm90
 from qjax.qarray import QArray
 
 
@@ -68,11 +70,72 @@ def paged_attention(
         sliding_window: As in `dot_product_attention`.
         sinks: As in `dot_product_attention`.
         implementation: "pallas_mosaic_gpu", "xla" or None.
+
+    Raises:
+        ValueError: If the head counts don't divide, or the implementation asked for can't take the arguments.
     """
-    choose("paged_attention", implementation, device_reason("9.0") or "no kernel yet")
+    reason = unsupported_reason(query, key_pages, value_pages)
+    if choose("paged_attention", implementation, reason) == "pallas_mosaic_gpu":
+        return paged_attention_sm90.paged_decode_attention(
+            query,
+            *(p.qvalue if isinstance(p, QArray) else p for p in (key_pages, value_pages)),
+            page_table,
+            positions + 1,
+            key_scale=_scale(key_pages),
+            value_scale=_scale(value_pages),
+            scale=scale,
+            sliding_window=sliding_window,
+            sinks=sinks,
+            num_sms=num_sms(),
+        )
     key = _gather(key_pages, page_table)
     value = key[..., :value_dim] if value_pages is None else _gather(value_pages, page_table)
     return _xla(query, key, value, positions, scale, sliding_window, sinks)
+
+
+def unsupported_reason(
+    query: Float[Array, "B T N H"],
+    key_pages: Array | QArray,
+    value_pages: Array | QArray | None,
+) -> str | None:
+    """Why the kernel can't attend to these pages on this device, None if it can: for decode steps mostly."""
+    if reason := device_reason("9.0"):
+        return reason
+    if value_pages is None:
+        return "no kernel for values that are the keys' first channels (latent attention)"
+    if key_pages.shape != value_pages.shape:
+        found = f"{list(key_pages.shape)} and {list(value_pages.shape)}"
+        return f"keys and values must have the same shape; found {found}"
+    pools = (key_pages, value_pages)
+    dtypes = {(p.qvalue if isinstance(p, QArray) else p).dtype.name for p in pools}
+    if len(dtypes) != 1 or isinstance(key_pages, QArray) != isinstance(value_pages, QArray):
+        return f"keys and values must be stored alike; found {' and '.join(sorted(dtypes))}"
+    for pool in pools:
+        if isinstance(pool, QArray):
+            f = pool.format
+            plain = f.storage == "plain" and not f.global_scale and f.scale_dtype == "float32"
+            if not plain or f.block_shape not in ((WHOLE, WHOLE), (1, WHOLE)):
+                return f"no kernel for pages of {f.element} {f.block_shape}"
+    if key_pages.ndim != 4 or query.ndim != 4:
+        return f"pages and queries must have 4 axes; found {key_pages.ndim} and {query.ndim}"
+    _, kv_heads, page_size, dim = key_pages.shape
+    return paged_attention_sm90.unsupported_reason(
+        query.shape[2],
+        kv_heads,
+        dim,
+        page_size,
+        queries=query.shape[1],
+        page_dtype=dtypes.pop(),
+        query_dtype=query.dtype,
+    )
+
+
+def _scale(pages: Array | QArray) -> Array | None:
+    """Scales of pages [P, K] or of their tokens [P, K, page_size]."""
+    if not isinstance(pages, QArray):
+        return None
+    scale = pages.scale[..., 0]
+    return scale[..., 0] if pages.format.block_shape[0] == WHOLE else scale
 
 
 def _gather(pages: Array | QArray, page_table: Array) -> Float[Array, "B S K H"]:

@@ -1,12 +1,17 @@
 """Attention against a loop in NumPy; paged, quantized and latent caches; the cache itself."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax import QArray, Sharding, dot_product_attention, make_mesh, paged_attention
+import qjax
+from qjax import QArray, Sharding, dot_product_attention, make_mesh, paged_attention, testing
 from qjax.kv_cache import LayerShape, create, page_format, write
+from qjax.ops._attention import unsupported_reason
+from qjax.ops._dispatch import simulate_gpu
 from qjax.quantization import Grid, compute_grid, quantize
 from qjax.recipe import KV_CACHE_FORMATS, KVCacheFormat, kv_cache_format
 
@@ -149,3 +154,71 @@ def test_pages_are_cut_over_batch_and_heads():
     pages = cache.layers[0].key.qvalue
     assert pages.addressable_shards[0].data.shape == (4, 1, 16, 64)
     np.testing.assert_array_equal(cache.page_table, [[0, 1], [2, 3], [0, 1], [2, 3]])
+
+
+def kernels():
+    """Every op chooses its kernel and runs it on the CPU."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(testing.interpret())
+    stack.enter_context(simulate_gpu())
+    stack.enter_context(qjax.require_kernels())
+    return stack
+
+
+def written_cache(name, *, tokens, page_size=16):
+    """Pools that hold random keys and values of two sequences, their table, and their scales."""
+    scales = (jnp.asarray([0.02, 0.03]), jnp.asarray([0.01, 0.04]))
+    layers = [LayerShape(2, 64, 64)]
+    format = kv_cache_format(name)
+    cache = create(2, 64, layers, format, scales=[scales], page_size=page_size)
+    where = (jnp.tile(jnp.arange(64)[None], (2, 1)), jnp.arange(64)[None] < tokens[:, None])
+    pools = cache.layers[0].key, cache.layers[0].value
+    return [
+        write(pool, cache.page_table, *where, normal(2, 64, 2, 64, seed=i).astype(jnp.bfloat16))
+        for i, pool in enumerate(pools)
+    ], cache.page_table
+
+
+@pytest.mark.parametrize(
+    "name", ["bfloat16", "fp8_e4m3", "fp8_e4m3_head", "fp8_e4m3_token_head", "fp8_e5m2"]
+)
+def test_decode_kernel_equals_the_reference(name):
+    tokens = jnp.asarray([63, 3])
+    pools, table = written_cache(name, tokens=tokens)
+    q = normal(2, 1, 6, 64, seed=5).astype(jnp.bfloat16)
+    options = dict(positions=tokens[:, None] - 1, sliding_window=50, sinks=normal(6))
+    expected = paged_attention(q, *pools, table, implementation="xla", **options)
+    with kernels():
+        out = jax.jit(lambda *args: paged_attention(*args, **options))(q, *pools, table)
+    out, expected = (np.asarray(x, np.float32) for x in (out, expected))
+    assert np.linalg.norm(out - expected) <= 4e-3 * np.linalg.norm(expected)
+
+
+def test_several_queries_and_positions_past_the_cache():
+    pools, table = written_cache("fp8_e4m3", tokens=jnp.asarray([64, 40]))
+    q = normal(2, 3, 4, 64, seed=5).astype(jnp.bfloat16)
+    positions = jnp.asarray([[62, 63, 64], [37, 38, 39]])
+    expected = paged_attention(q, *pools, table, positions=positions, implementation="xla")
+    with kernels():
+        out = paged_attention(q, *pools, table, positions=positions)
+    out, expected = (np.asarray(x, np.float32) for x in (out, expected))
+    assert np.linalg.norm(out - expected) <= 4e-3 * np.linalg.norm(expected)
+
+
+def test_what_the_decode_kernel_refuses():
+    pools, table = written_cache("fp8_e4m3", tokens=jnp.asarray([9, 9]))
+    q = normal(2, 1, 4, 64).astype(jnp.bfloat16)
+    assert "not an NVIDIA GPU" in unsupported_reason(q, *pools)
+    positions = jnp.full((2, 1), 8)
+    with pytest.raises(ValueError, match="paged_attention: the pallas_mosaic_gpu kernel can't run"):
+        paged_attention(q, *pools, table, positions=positions, implementation="pallas_mosaic_gpu")
+    with simulate_gpu():
+        assert unsupported_reason(q, *pools) is None
+        assert "latent attention" in unsupported_reason(q, pools[0], None)
+        assert "at most 8 queries" in unsupported_reason(jnp.zeros((2, 9, 4, 64), q.dtype), *pools)
+        assert "found float8_e4m3fn and float32" in unsupported_reason(q.astype("float32"), *pools)
+        plain = jnp.zeros(pools[0].shape, q.dtype)
+        assert "must be stored alike" in unsupported_reason(q, plain, pools[1])
+        assert "the same shape" in unsupported_reason(q, plain[..., :32], plain)
+        with qjax.require_kernels(), pytest.raises(ValueError, match="kernels are required"):
+            paged_attention(q, pools[0], None, table, positions=positions, value_dim=32)

@@ -1,0 +1,151 @@
+"""Arrays of the decode attention kernel: what each thread has of keys, values, logits and queries.
+
+The queries that share a KV head fill 16 rows. ``wgmma`` would need 64, and its second operand in shared memory
+in 16 bits; ``mma.sync`` takes both operands from registers, so 8-bit keys and values are read from shared
+memory once, become float16 in registers (exactly) and never go back. The four warps of a warpgroup work on
+different tokens of a tile without waiting for each other.
+
+An array is [64, columns] in ``Layout.WGMMA``: rows 16w .. 16w+15 are the 16 queries as warp w sees them. Its
+columns are tokens of that warp, or channels.
+
+8-bit channels need no shuffles if both operands agree on another order of the channels: `Storage.key_order` and
+`Storage.value_order`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+ROWS = 16  # of one mma
+WARPS = 4
+SCALAR = plgpu.Layout.WGMMA  # any: scalars have no layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """How keys and values of one page dtype lie in shared memory and become operands.
+
+    Attributes:
+        dtype: Of the pages.
+        dim: Channels of a head.
+    """
+
+    dtype: str
+    dim: int
+
+    @classmethod
+    def of(cls, dtype: DTypeLike, dim: int) -> "Storage":
+        """For pages of this dtype."""
+        return cls(jnp.dtype(dtype).name, dim)
+
+    @property
+    def bits(self) -> int:
+        """Of a channel."""
+        return 8 * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def operand(self) -> str:
+        """The dtype of the tensor instructions' operands."""
+        return self.dtype if self.bits == 16 else "float16"
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile per warp. Matrices come in fours: of four blocks of 8 tokens, or two of each of two blocks."""
+        return 16 if self.bits == 16 or self.dim == 256 else 32
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a warpgroup's tile."""
+        return WARPS * self.tokens
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token."""
+        return self.dim * self.bits // 8
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes: the widest swizzle that divides a token; 16 is none."""
+        return next(s for s in (128, 64, 32, 16) if self.row_bytes % s == 0)
+
+    @property
+    def transforms(self) -> tuple:
+        """Of a tile in shared memory."""
+        if self.swizzle == 16:
+            return ()
+        columns = self.swizzle * 8 // self.bits
+        return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(self.swizzle))
+
+    def key_order(self) -> np.ndarray:
+        """Channel of each column of the queries, and of each step of their products with keys."""
+        column = np.arange(self.dim)
+        if self.bits == 16:
+            return column
+        c, h, t, e = column // 16, column // 8 % 2, column // 2 % 4, column % 2
+        return 16 * c + 4 * t + 2 * h + e
+
+    def value_order(self) -> np.ndarray:
+        """Channel of each column of the products with values."""
+        column = np.arange(self.dim)
+        if self.bits == 16:
+            return column
+        return column // 16 * 16 + 2 * (column % 8) + column // 8 % 2
+
+
+def tiled(storage: Storage) -> plgpu.RefType:
+    """The type of a tile in shared memory."""
+    return plgpu.RefType(storage.transforms)
+
+
+def inline(fn: Callable, kinds: Sequence, shape: tuple[int, int], dtype: DTypeLike) -> Callable:
+    """`plgpu.inline_mgpu` for a function that returns one array in ``Layout.WGMMA``.
+
+    Args:
+        fn: The function, with its `interpret_impl`.
+        kinds: Of each argument: None for global memory, `SCALAR`, or a layout or type.
+        shape: Of the result.
+        dtype: Of the result.
+    """
+    types = tuple(plgpu.RefType() if kind is None else kind for kind in kinds)
+    out = plgpu.ShapeDtypeStruct(shape, dtype, layout=plgpu.Layout.WGMMA)
+    return plgpu.inline_mgpu(arg_types=types, return_type=out)(fn)
+
+
+def array(registers, columns: int, *, signed: bool | None = None) -> fa.FragmentedArray:
+    """[64, columns] of pairs: of each 8 columns, rows 0-7 of the warp's 16 and then rows 8-15."""
+    layout = fa.WGMMA_LAYOUT
+    found = np.array(registers, dtype=object).reshape(layout.registers_shape((64, columns)))
+    return fa.FragmentedArray(_registers=found, _layout=layout, _is_signed=signed)
+
+
+def i32(value: int) -> ir.Value:
+    """A constant."""
+    return utils.c(value, ir.IntegerType.get_signless(32))
+
+
+def value_of(scalar: fa.FragmentedArray) -> ir.Value:
+    """A scalar argument's value."""
+    return scalar.registers.item()
+
+
+def thread() -> ir.Value:
+    """Index of the thread in its warpgroup."""
+    return arith.remui(utils.thread_idx(), i32(128))
+
+
+def lane() -> ir.Value:
+    """Index of the thread in its warp."""
+    return arith.remui(utils.thread_idx(), i32(32))
+
+
+def warp() -> ir.Value:
+    """Index of the warp in its warpgroup."""
+    return arith.divui(thread(), i32(32))

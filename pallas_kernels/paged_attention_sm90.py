@@ -1,0 +1,528 @@
+"""Decode attention of the newest queries of each sequence over a paged KV cache, for Hopper (split-KV).
+
+Reading the cache is what takes time: pages travel as they are stored, in a ring of tiles, and become operands in
+registers (`_paged_attention_registers_sm90`). One CTA for each (sequence, KV head, split of the context). It is one
+warpgroup, or two that share the tiles where more than 16 rows (query heads of the KV head x queries) need them::
+
+    TMA the first tiles -> ring
+    for each tile of the split:
+      wait for its keys;    s = q k^T; scale, cap, mask; each warp its running maximum and sum
+      wait for its values;  out = out * rescale + p v
+      all warps are done with the tile: TMA the tile after the ring's last one into its place
+    the four warps' parts -> shared memory -> their sum -> memory
+
+Several CTAs share an SM, so that one computes while others wait. With one split the result is final; with more,
+each returns its normalized part and the logarithm of its sum, which a second kernel combines exactly.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from qjax.pallas_kernels import _paged_attention_loads_sm90 as loads
+from qjax.pallas_kernels import _paged_attention_mma_sm90 as mma
+from qjax.pallas_kernels import _paged_attention_registers_sm90 as reg
+from qjax.pallas_kernels._paged_attention_combine_sm90 import combine
+
+MASKED = -1e30  # finite, so that differences of two masked logits are numbers
+MAX_ROWS = 64
+MAX_QUERIES = 8
+PAGE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+QUERY_DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGE_SIZES = (8, 16, 32, 64, 128)
+SMEM_BYTES = 227 * 1024
+BYTES_PER_US = 4.4e6  # that an H200 reads
+
+
+def unsupported_reason(
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    *,
+    queries: int = 1,
+    page_dtype: DTypeLike = "bfloat16",
+    query_dtype: DTypeLike = "bfloat16",
+) -> str | None:
+    """Why the kernel can't attend with these sizes, None if it can."""
+    page_dtype, query_dtype = jnp.dtype(page_dtype).name, jnp.dtype(query_dtype).name
+    if page_dtype not in PAGE_DTYPES or query_dtype not in QUERY_DTYPES:
+        return (
+            f"pages must be one of {PAGE_DTYPES} and queries of {QUERY_DTYPES}; "
+            f"found {page_dtype} and {query_dtype}"
+        )
+    if q_heads % kv_heads or q_heads // kv_heads > MAX_ROWS:
+        return f"{kv_heads} KV heads must divide the query heads, at most {MAX_ROWS} each; found {q_heads}"
+    if not 1 <= queries <= MAX_QUERIES or queries * q_heads // kv_heads > MAX_ROWS:
+        return (
+            f"at most {MAX_QUERIES} queries of a sequence, and {MAX_ROWS} times the query heads of a "
+            f"KV head; found {queries} times {q_heads // kv_heads}"
+        )
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim must be one of {HEAD_DIMS}; found {head_dim}"
+    if page_size not in PAGE_SIZES:
+        return f"page_size must be one of {PAGE_SIZES}; found {page_size}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static sizes of one call."""
+
+    storage: reg.Storage
+    page_size: int
+    group: int
+    queries: int
+    splits: int
+    stages: int
+    window: int | None
+    logit_scale: float
+    soft_cap: float | None
+    sinks: bool
+
+    @property
+    def rows(self) -> int:
+        return self.group * self.queries
+
+    @property
+    def warpgroups(self) -> int:
+        return 1 if self.rows <= reg.ROWS else 2
+
+    @property
+    def row_blocks(self) -> int:
+        """CTAs that share the rows."""
+        return pl.cdiv(self.rows, reg.ROWS * self.warpgroups)
+
+    @property
+    def merged_rows(self) -> int:
+        """Rows of a warpgroup's result."""
+        return loads.merge_rows(min(self.rows, reg.ROWS), self.storage.dim)
+
+    @property
+    def pages_per_tile(self) -> int:
+        return max(self.storage.tile // self.page_size, 1)
+
+
+def ring_stages(storage: reg.Storage, warpgroups: int) -> tuple[int, int]:
+    """Tiles of the ring, and CTAs that an SM then holds (by their registers: at most 3 or 2)."""
+    size = 2 * storage.tile * storage.row_bytes
+    for ctas in range(3 if storage.dim < 128 else 2, 1, -1) if warpgroups == 1 else ():
+        stages = (SMEM_BYTES // ctas - 4096) // size
+        if stages >= 2:
+            return min(stages, 6), ctas
+    return min((SMEM_BYTES - 4096) // size, 6), 1
+
+
+def choose_splits(
+    pairs: int, max_tokens: int, *, num_sms: int, ctas: int, storage: reg.Storage
+) -> int:
+    """Parts of the context that are done soonest if all sequences are as long as they may be.
+
+    Args:
+        pairs: CTAs of one split.
+        max_tokens: Longest context that the page table can hold.
+        num_sms: SMs to fill.
+        ctas: CTAs that run at once on an SM.
+        storage: Of the pages.
+    """
+    slots = num_sms * ctas
+    whole = pairs * max_tokens * 2 * storage.row_bytes / BYTES_PER_US
+
+    def microseconds(splits: int) -> float:
+        waves, rest = divmod(pairs * splits, slots)
+        # CTAs that have an SM to themselves are almost twice as fast.
+        last = 0.0 if not rest else 0.55 if ctas > 1 and rest <= num_sms else 1.0
+        combining = 0.0 if splits == 1 else 2.5 + 0.05 * splits
+        reading = whole * (waves + last) * slots / (pairs * splits)
+        return reading + 3.0 * (waves + (rest > 0)) + combining
+
+    return min(range(1, max(1, min(max_tokens // (2 * storage.tile), 64)) + 1), key=microseconds)
+
+
+def paged_decode_attention(
+    query: Array,
+    key_pages: Array,
+    value_pages: Array,
+    page_table: Array,
+    lengths: Array,
+    *,
+    key_scale: Array | None = None,
+    value_scale: Array | None = None,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    splits: int | None = None,
+    stages: int | None = None,
+    num_sms: int | None = None,
+) -> Array:
+    """softmax(scale * q k^T) v of each sequence's newest queries over its whole cache.
+
+    Args:
+        query: [B, N, H] or [B, T, N, H], bfloat16 or float16; head n attends with KV head n // (N // K).
+        key_pages: [P, K, page_size, H], bfloat16, float16, e4m3 or e5m2; key = stored * key_scale.
+        value_pages: Like key_pages.
+        page_table: int32 [B, pages]; entries past a sequence's pages may be anything.
+        lengths: int32 [B] or [B, T]: tokens that a query sees, its own included; 0 gives zeros.
+        key_scale: float32 [K], [P, K] or [P, K, page_size]; None for 1.
+        value_scale: Likewise; both are None or of as many axes.
+        scale: Default 1/sqrt(H).
+        sliding_window: Only the last this many tokens are seen.
+        soft_cap: Logits become soft_cap * tanh(logits / soft_cap).
+        sinks: float32 [N]: logits that take part in the softmax and carry no value.
+        splits: Parts of the context; default `choose_splits`.
+        stages: Tiles on their way or in use; default `ring_stages`.
+        num_sms: SMs to fill; default those of the first device.
+
+    Returns:
+        Like query.
+
+    Raises:
+        ValueError: If shapes or dtypes are not those above, or `unsupported_reason` has a reason.
+    """
+    shape = query.shape
+    if query.ndim == 3:
+        query, lengths = query[:, None], lengths[:, None] if lengths.ndim == 1 else lengths
+    _check(query, key_pages, value_pages, page_table, lengths, key_scale, value_scale, sinks)
+    (batch, steps, q_heads, dim), (_, kv_heads, page_size, _) = query.shape, key_pages.shape
+    storage = reg.Storage.of(key_pages.dtype, dim)
+    rows = steps * (q_heads // kv_heads)
+    default_stages, ctas = ring_stages(storage, 1 if rows <= reg.ROWS else 2)
+    plan = _Plan(
+        storage=storage,
+        page_size=page_size,
+        group=q_heads // kv_heads,
+        queries=steps,
+        splits=1,
+        stages=default_stages if stages is None else stages,
+        window=sliding_window,
+        logit_scale=float(dim**-0.5 if scale is None else scale),
+        soft_cap=soft_cap,
+        sinks=sinks is not None,
+    )
+    if splits is None:
+        num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
+        splits = choose_splits(
+            batch * kv_heads * plan.row_blocks,
+            min(page_table.shape[1] * page_size, sliding_window or 1 << 30),
+            num_sms=num_sms,
+            ctas=ctas,
+            storage=storage,
+        )
+    plan = dataclasses.replace(plan, splits=splits)
+    # NumPy's become constants of the program; jax.numpy's would be computed at each call.
+    ones = np.ones((kv_heads,), np.float32)
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    arrays = [
+        query,
+        key_pages,
+        value_pages,
+        page_table,
+        lengths,
+        ones if key_scale is None else key_scale,
+        ones if value_scale is None else value_scale,
+        np.zeros((q_heads,), np.float32) if sinks is None else sinks,
+    ]
+    merged = plan.row_blocks * plan.warpgroups * plan.merged_rows
+    out_dtype = query.dtype if splits == 1 else jnp.float32
+    out, log_sums = plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=(
+            jax.ShapeDtypeStruct((batch, kv_heads, splits, merged, dim), out_dtype),
+            jax.ShapeDtypeStruct(
+                (batch, kv_heads, splits, merged // plan.merged_rows, 64), jnp.float32
+            ),
+        ),
+        grid=(splits, kv_heads * plan.row_blocks, batch),
+        grid_names=("split", "head", "sequence"),
+        num_threads=plan.warpgroups,
+        thread_name="wg",
+        kernel_name="paged_decode_attention",
+        scratch_types=_scratch(plan),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(*arrays)
+    if splits == 1:
+        out = out[:, :, 0]
+    else:
+        out = combine(out, log_sums, sinks, group=plan.group, out_dtype=query.dtype)
+    out = out[:, :, : plan.rows].reshape(batch, kv_heads, steps, plan.group, dim)
+    return jnp.moveaxis(out, 1, 2).reshape(shape)
+
+
+def _check(query, key_pages, value_pages, page_table, lengths, key_scale, value_scale, sinks):
+    def expect(name, array, shapes, dtypes):
+        if array.shape not in shapes or array.dtype.name not in dtypes:
+            wanted = " or ".join(str(list(s)) for s in shapes)
+            raise ValueError(
+                f"paged_decode_attention: {name} must be {' or '.join(dtypes)} {wanted}; "
+                f"found {array.dtype}{list(array.shape)}"
+            )
+
+    if query.ndim != 4 or key_pages.ndim != 4:
+        raise ValueError(
+            "paged_decode_attention: query must be [B, N, H] or [B, T, N, H] and key_pages "
+            f"[P, K, page_size, H]; found {list(query.shape)}, {list(key_pages.shape)}"
+        )
+    (batch, steps, q_heads, dim), (pool, kv_heads, page_size, _) = query.shape, key_pages.shape
+    reason = unsupported_reason(
+        q_heads,
+        kv_heads,
+        dim,
+        page_size,
+        queries=steps,
+        page_dtype=key_pages.dtype,
+        query_dtype=query.dtype,
+    )
+    if reason:
+        raise ValueError(f"paged_decode_attention: {reason}")
+    expect("key_pages", key_pages, [(*key_pages.shape[:3], dim)], PAGE_DTYPES)
+    expect("value_pages", value_pages, [key_pages.shape], (key_pages.dtype.name,))
+    expect("page_table", page_table, [(batch, *page_table.shape[1:2])], ("int32",))
+    expect("lengths", lengths, [(batch, steps)], ("int32",))
+    scales = [(kv_heads,), (pool, kv_heads), (pool, kv_heads, page_size)]
+    if (key_scale is None) != (value_scale is None):
+        raise ValueError("paged_decode_attention: give both scales or none")
+    if key_scale is not None:
+        expect("key_scale", key_scale, scales, ("float32",))
+        expect("value_scale", value_scale, [key_scale.shape], ("float32",))
+    if sinks is not None:
+        expect("sinks", sinks, [(q_heads,)], ("float32", "bfloat16", "float16"))
+
+
+def _scratch(plan: _Plan) -> dict:
+    storage = plan.storage
+    shape = (plan.stages, 2, storage.tile, storage.dim)
+    full = plgpu.Barrier(num_arrivals=plan.pages_per_tile, num_barriers=plan.stages)
+    return dict(
+        ring=plgpu.SMEM(shape, storage.dtype, transforms=storage.transforms),
+        tops=plgpu.SMEM((plan.warpgroups, 128), jnp.float32),
+        sums=plgpu.SMEM((plan.warpgroups, 128), jnp.float32),
+        keys_full=full,
+        values_full=full,
+        empty=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
+        done=plgpu.Barrier(num_arrivals=plan.warpgroups),
+    )
+
+
+def _kernel(
+    q_gmem,
+    k_gmem,
+    v_gmem,
+    table_gmem,
+    lengths_gmem,
+    k_scale_gmem,
+    v_scale_gmem,
+    sinks_gmem,
+    out_gmem,
+    log_sum_gmem,
+    *,
+    plan: _Plan,
+    ring,
+    tops,
+    sums,
+    keys_full,
+    values_full,
+    empty,
+    done,
+):
+    storage, tile_tokens, page_size = plan.storage, plan.storage.tile, plan.page_size
+    split, sequence = lax.axis_index("split"), lax.axis_index("sequence")
+    wg = lax.axis_index("wg")
+    head = lax.axis_index("head") // plan.row_blocks
+    block = lax.rem(lax.axis_index("head"), plan.row_blocks) * plan.warpgroups + wg
+    static_scale = len(k_scale_gmem.shape) == 1
+
+    # Tokens from `start` to `length` are seen by a query; a row sees those up to its own end.
+    lengths = [lengths_gmem[sequence, t] for t in range(plan.queries)]
+    capacity = table_gmem.shape[1] * page_size
+    length = lax.min(functools.reduce(lax.max, lengths), capacity)
+    start = 0
+    if plan.window is not None:
+        start = lax.max(functools.reduce(lax.min, lengths) - plan.window, 0)
+    first_tile = start // tile_tokens
+    tiles = lax.max((length + tile_tokens - 1) // tile_tokens - first_tile, 0)
+    begin = first_tile + split * tiles // plan.splits
+    count = first_tile + (split + 1) * tiles // plan.splits - begin
+    last_page = lax.max(length - 1, 0) // page_size
+
+    def pages(i):
+        """Page numbers of a tile; the last page stands for those after it, which are masked."""
+        first = (begin + i) * tile_tokens // page_size
+        return tuple(
+            table_gmem[sequence, lax.min(first + j, last_page)] for j in range(plan.pages_per_tile)
+        )
+
+    def copy(i, numbers):
+        slot = lax.rem(i, plan.stages)
+        piece = min(tile_tokens, page_size)
+        offset = lax.rem((begin + i) * tile_tokens, page_size) if page_size > tile_tokens else 0
+        for part, (source, full) in enumerate(((k_gmem, keys_full), (v_gmem, values_full))):
+            for j, number in enumerate(numbers):
+                plgpu.copy_gmem_to_smem(
+                    source.at[number, head, pl.ds(offset, piece)],
+                    ring.at[slot, part, pl.ds(j * piece, piece)],
+                    full.at[slot],
+                )
+
+    # Scales of pages and tokens are read two tiles ahead: the pages' numbers, then what they point to.
+    per_token = len(k_scale_gmem.shape) == 3
+    options = dict(storage=storage, page_size=page_size)
+
+    def scale_pages(i):
+        if static_scale:
+            return ()
+        where = (sequence, begin + lax.min(i, lax.max(count - 1, 0)), last_page)
+        return loads.token_pages(table_gmem, *where, **options)
+
+    def scales(i, numbers):
+        if static_scale:
+            return ()
+        where = (numbers, head, begin + lax.min(i, lax.max(count - 1, 0)))
+        return tuple(loads.load_scales(s, *where, **options) for s in (k_scale_gmem, v_scale_gmem))
+
+    def of_tokens(scale):
+        return loads.spread_scales(scale, storage=storage, per_token=per_token)
+
+    for i in range(plan.stages):
+
+        @pl.when((wg == 0) & (i < count))
+        def _(i=i):
+            copy(i, pages(i))
+
+    layout = plgpu.Layout.WGMMA
+    row_layout = layout.reduce(1)
+    to_log2 = math.log2(math.e)
+    query = loads.queries(q_gmem, sequence, head, block, group=plan.group, storage=storage)
+    query = query.astype(jnp.float32).astype(storage.operand)
+    if plan.queries == 1:
+        row_end = lengths[0]
+    else:
+        row_end = loads.row_values(
+            lengths_gmem, sequence * plan.queries, block, repeat=plan.group, count=plan.rows
+        )
+    logit_scale = k_scale_gmem[head] * plan.logit_scale if static_scale else plan.logit_scale
+
+    def spread(vector, shape):
+        return lax.broadcast_in_dim(vector, shape, [0])
+
+    def attend(i, carry):
+        total, top, largest, out, numbers, scale_numbers, token_scale = carry
+        slot = lax.rem(i, plan.stages)
+        tile = begin + i
+        plgpu.barrier_wait(keys_full.at[slot])
+        s = mma.logits(query, ring.at[slot, 0], storage=storage)
+        s = s * logit_scale
+        if not static_scale:
+            s = s * of_tokens(token_scale[0])
+        if plan.soft_cap is None:
+            s = s * to_log2
+        else:
+            # tanh from the exponential: its approximation is good to 2^-22, that of tanh to 2^-11.
+            tanh = 1 - 2 / (jnp.exp2(s * (2 * to_log2 / plan.soft_cap)) + 1)
+            s = tanh * (plan.soft_cap * to_log2)
+        row = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=layout)
+        column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
+        token = tile * tile_tokens + row // reg.ROWS * storage.tokens + column
+        ends = row_end if plan.queries == 1 else spread(row_end, s.shape)
+        visible = (token < ends) & (token < length)
+        if plan.window is not None:
+            visible = visible & (token >= ends - plan.window)
+        s = jnp.where(visible, s, MASKED)
+        new_top = jnp.maximum(top, jnp.max(s, axis=1))
+        rescale = jnp.exp2(top - new_top)
+        p = jnp.where(visible, jnp.exp2(s - spread(new_top, s.shape)), 0.0)
+        total = total * rescale + jnp.sum(p, axis=1)
+        if not static_scale:
+            # Values' scales may be as small as float32: relative to the largest, their products with p fit.
+            value_scale = jnp.where(visible, of_tokens(token_scale[1]), 0.0)
+            new_largest = jnp.maximum(largest, jnp.max(value_scale, axis=1))
+            p = p * (value_scale / spread(new_largest, s.shape))
+            rescale = rescale * (largest / new_largest)
+            largest = new_largest
+        following = scales(i + 1, scale_numbers)
+        scale_numbers = scale_pages(i + 2)
+        plgpu.barrier_wait(values_full.at[slot])
+        out = mma.add_values(
+            p.astype(storage.operand),
+            ring.at[slot, 1],
+            out * spread(rescale, out.shape),
+            start - tile * tile_tokens,
+            length - tile * tile_tokens,
+            storage=storage,
+        )
+        refill = i + plan.stages < count
+        if plan.warpgroups == 2:
+
+            @pl.when(refill)
+            def _():
+                plgpu.barrier_arrive(empty.at[slot])
+
+        @pl.when(refill & (wg == 0))
+        def _():
+            if plan.warpgroups == 2:
+                plgpu.barrier_wait(empty.at[slot])
+            plgpu.commit_smem()  # orders the reads of all warps before the next TMA writes
+            copy(i + plan.stages, numbers)
+
+        numbers = pages(i + 1 + plan.stages)
+        return total, new_top, largest, out, numbers, scale_numbers, following
+
+    def rows_of(value):
+        return plgpu.layout_cast(jnp.full((64,), value, jnp.float32), row_layout)
+
+    carry = (
+        rows_of(0.0),
+        rows_of(MASKED),
+        rows_of(float(jnp.finfo(jnp.float32).tiny)),
+        plgpu.layout_cast(jnp.zeros((64, storage.dim), jnp.float32), layout),
+        pages(plan.stages),
+        scale_pages(1),
+        scales(0, scale_pages(0)),
+    )
+    total, top, largest, out, *_ = lax.fori_loop(0, count, attend, carry)
+    if plan.warpgroups == 2:
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+    # The warps' maxima and sums, each row's four: read from 0, 16, 32 and 48 rows further on.
+    for rows in (0, 64):
+        tops.at[wg, pl.ds(rows, 64)][...] = top
+        sums.at[wg, pl.ds(rows, 64)][...] = total
+    plgpu.commit_smem()
+
+    def others(ref):
+        return [
+            plgpu.load(ref.at[wg, pl.ds(reg.ROWS * w, 64)], layout=row_layout)
+            for w in range(reg.WARPS)
+        ]
+
+    all_tops = others(tops)
+    common = functools.reduce(jnp.maximum, all_tops)
+    if plan.splits == 1 and plan.sinks:
+        sink = loads.row_values(
+            sinks_gmem, head * plan.group, block, repeat=-plan.group, count=plan.rows
+        )
+        sink = sink * to_log2
+        common = jnp.maximum(common, sink)
+    whole = sum(s * jnp.exp2(t - common) for s, t in zip(others(sums), all_tops, strict=True))
+    if plan.splits == 1 and plan.sinks:
+        whole = whole + jnp.exp2(sink - common)
+    whole = jnp.maximum(whole, float(jnp.finfo(jnp.float32).tiny))
+    weight = jnp.exp2(top - common) / whole
+    weight = weight * (v_scale_gmem[head] if static_scale else largest)
+    if plan.splits > 1:
+        log_sum_gmem.at[sequence, head, split, block][...] = common + jnp.log2(whole)
+    out = loads.merge(
+        out * spread(weight, out.shape), ring.at[0, 0], wg, rows=plan.merged_rows, storage=storage
+    )
+    target = out_gmem.at[sequence, head, split, pl.ds(block * plan.merged_rows, plan.merged_rows)]
+    target[...] = out.astype(out_gmem.dtype)
