@@ -1,0 +1,238 @@
+"""Measures quantization-aware training: what it recovers of rounding's loss, and what a step costs.
+
+    python scripts/bench_qat.py recover --data kjv --out RUNS --records benchmarks/qat.jsonl --plot qat.png
+    python scripts/bench_qat.py steps --records benchmarks/qat.jsonl
+
+`recover` fine-tunes the small model through each recipe and, as the control, without one, on the same batches.
+The gap that training may close lies between the control rounded to nearest and the control itself. `steps`
+times whole optimizer steps over layers of Llama-3.1-8B's shape beside the same steps in bfloat16.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import _arguments
+import _training_step as training_step
+import finetune_qat
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from qjax import checkpoint, nn, qat
+from qjax.models import llama
+from qjax.sharding import Sharding
+from qjax.tokenizer import Tokenizer
+
+RECIPES = ("W4A16", "MXFP4A16", "int2_1x32")
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+STEP_RECIPES = ("W4A16", "MXFP4A16", "FP8_BLOCK", "W4A8")
+
+
+def recover(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A record per recipe: perplexities of the held-out text, and the share of the gap that was recovered."""
+    runs = {recipe: args.out / recipe for recipe in ("none", *args.recipes)}
+    options = ["--data", args.data, "--steps", str(args.steps), "--batch", str(args.batch)]
+    options += ["--lr", str(args.lr), "--eval-every", str(args.eval_every), "--quiet"]
+    options += ["--model", args.model] if args.model else []
+    script = str(Path(finetune_qat.__file__))
+    commands = {
+        recipe: [sys.executable, script, "--recipe", recipe, "--out", str(out), *options]
+        for recipe, out in runs.items()
+    }
+    control = args.out / "control"
+    commands["none"] += ["--export", str(control), "--export-format", "f32"]
+    waiting = {r: subprocess.Popen(c, stdout=subprocess.DEVNULL) for r, c in commands.items()}
+    for recipe, process in waiting.items():
+        if process.wait():
+            raise SystemExit(f"bench_qat: the run of {recipe} failed")
+    curves = {r: [json.loads(x) for x in (o / "curve.jsonl").open()] for r, o in runs.items()}
+    found = {r: [c for c in curve if "eval_perplexity" in c] for r, curve in curves.items()}
+    trained = found["none"][-1]["eval_perplexity"]
+    records = []
+    for recipe in args.recipes:
+        steps = [c for c in curves[recipe] if "loss" in c and not c["compiled"]]
+        rounded = perplexity_of(args, control, recipe)
+        learned = found[recipe][-1]["eval_perplexity"]
+        records.append(
+            {
+                "benchmark": "qat_recovery",
+                "recipe": recipe,
+                "data": args.data,
+                "steps": args.steps,
+                "tokens_per_step": args.batch * 512,
+                "untrained": found[recipe][0]["unquantized_perplexity"],
+                "untrained_rounded": found[recipe][0]["eval_perplexity"],
+                "control": trained,
+                "control_rounded": rounded,
+                "qat": learned,
+                "recovered": (rounded - learned) / (rounded - trained),
+                "training_s": sum(c["seconds"] for c in steps),
+                "curve": [[c["step"], c["eval_perplexity"]] for c in found[recipe]],
+                "control_curve": [[c["step"], c["eval_perplexity"]] for c in found["none"]],
+            }
+        )
+    return records
+
+
+def perplexity_of(args: argparse.Namespace, folder: Path, recipe: str) -> float:
+    """Held-out perplexity of a folder's weights rounded to nearest."""
+    own = finetune_qat.parse(["--data", args.data, "--recipe", recipe, "--out", "unused"])
+    loaded = checkpoint.load(folder, recipe="bf16", dtype="float32", progress=False)
+    _, held = finetune_qat.windows(own, Tokenizer.load(loaded.tokenizer))
+    layers = len(loaded.model.model.layers)
+    chosen = finetune_qat.training_model.chosen_recipe(own, layers)
+    assert chosen is not None
+    model = qat.convert(qat.prepare(loaded.model, chosen))
+    model.model.embed_tokens.dtype = "bfloat16"
+    return math.exp(training_step.evaluate(model, held, args.batch))
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Perplexity over steps of each recipe and of the control, and where rounding leaves the control."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(records), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, r in zip(np.atleast_1d(figure.subplots(1, len(records))), records, strict=True):
+        axes.plot(*zip(*r["control_curve"], strict=True), color="0.4", label="control, bf16")
+        axes.plot(*zip(*r["curve"], strict=True), color="tab:blue", label="QAT, quantized")
+        axes.axhline(r["control_rounded"], color="tab:red", ls="--", label="control, rounded")
+        axes.set(title=r["recipe"], xlabel="step", yscale="log")
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("held-out perplexity")
+    figure.savefig(path, dpi=150)
+
+
+def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A record per recipe: milliseconds and bytes of a step, as multiples of the bfloat16 step's."""
+    measured = {recipe: measure_step(args, recipe) for recipe in (None, *args.step_recipes)}
+    plain_ms, plain_bytes = measured[None]
+    return [
+        {
+            "benchmark": "qat_step",
+            "recipe": recipe,
+            "layers": args.layers,
+            "tokens": args.tokens,
+            "step_ms": ms,
+            "bf16_step_ms": plain_ms,
+            "time_ratio": ms / plain_ms,
+            "memory_ratio": nbytes / plain_bytes,
+        }
+        for recipe, (ms, nbytes) in measured.items()
+        if recipe is not None
+    ]
+
+
+def measure_step(args: argparse.Namespace, recipe: str | None) -> tuple[float, int]:
+    """(milliseconds, bytes) of an optimizer step: float32 masters, bfloat16 products, AdamW."""
+    config = llama.Config.from_hf(LLAMA_8B | {"num_hidden_layers": args.layers})
+    model = llama.Model(config, dtype="float32")
+    nn.initialize(model, jax.random.key(0))
+    if recipe is not None:
+        model = qat.prepare(model, recipe)
+    model.model.embed_tokens.dtype = "bfloat16"
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    del model
+    transform = training_step.optimizer(
+        optax.constant_schedule(1e-5), betas=(0.9, 0.95), weight_decay=0.01, clip=1.0
+    )
+    state = training_step.start(params, transform)
+    del params
+    take = training_step.train_step(
+        graphdef, None, transform, training_step.Objective(remat=args.remat), state
+    )
+    rows = np.random.default_rng(0).integers(0, 1000, (args.tokens // 2048, 2049), np.int32)
+    batch = {"tokens": rows, "counted": np.ones(rows.shape, bool)}
+    batch = training_step.put(batch, 1, Sharding())
+    compiled = take.lower(state, frozen, None, batch).compile()
+    memory = compiled.memory_analysis()
+    nbytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    times = []
+    for _ in range(args.repeat + 2):
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, None, batch)
+        jax.block_until_ready(metrics)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:]), nbytes
+
+
+def render(records: Sequence[dict[str, Any]]) -> Table:
+    """The records as a table, curves left out."""
+    table = Table()
+    names = [k for k in records[0] if not k.endswith("curve") and k != "benchmark"]
+    for name in names:
+        table.add_column(name)
+    for r in records:
+        table.add_row(*(f"{r[n]:.3f}" if isinstance(r[n], float) else str(r[n]) for n in names))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("recover")
+    one.set_defaults(run=recover)
+    one.add_argument("--model", help="folder, hub id or GGUF file (default: SmolLM2-135M-Instruct)")
+    one.add_argument("--data", default="kjv", help="as finetune_qat's")
+    one.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    one.add_argument("--recipes", nargs="+", default=RECIPES)
+    one.add_argument("--steps", type=int, default=200)
+    one.add_argument("--batch", type=int, default=32)
+    one.add_argument("--lr", type=float, default=2e-4)
+    one.add_argument("--eval-every", type=int, default=25)
+    one.add_argument("--plot", type=Path, help="PNG of the curves")
+    two = commands.add_parser("steps")
+    two.set_defaults(run=steps, plot=None)
+    two.add_argument("--step-recipes", nargs="+", default=STEP_RECIPES)
+    two.add_argument("--layers", type=int, default=2)
+    two.add_argument("--tokens", type=int, default=8192)
+    two.add_argument("--repeat", type=int, default=10)
+    two.add_argument("--remat", action="store_true")
+    for command in (one, two):
+        command.add_argument("--records", type=Path, help="JSON lines file that gets the records")
+    args = parser.parse_args(argv)
+    root = Path(__file__).parents[1]
+    head = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+    stamp = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or "unknown",
+        "gpu": jax.devices()[0].device_kind,
+    }
+    records = [stamp | r for r in args.run(args)]
+    if args.records:
+        with args.records.open("a") as file:
+            file.writelines(json.dumps(r) + "\n" for r in records)
+    if args.plot:
+        plot(records, args.plot)
+    Console(width=200).print(render(records))
+
+
+if __name__ == "__main__":
+    sys.exit(_arguments.run_main("bench_qat", main))
