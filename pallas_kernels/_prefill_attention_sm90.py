@@ -40,6 +40,9 @@ Q_TILE = ROWS * WARPGROUPS
 # multiply-add of two equal ones gives zero.
 MASKED = -(2.0**99)
 LOWEST = float(jnp.finfo(jnp.float32).min)  # below every scaled masked logit
+# Registers of a thread of the producer and of a math warpgroup, for 16-bit and for 8-bit keys. Together no more than
+# the CTA starts with, three times 168: the math warpgroups would wait for the rest for ever.
+REGISTERS = {False: (40, 232), True: (72, 216)}
 LOG2E = math.log2(math.e)
 
 
@@ -52,12 +55,14 @@ class TileConfig:
         stages: Tiles of keys, and of values, in flight.
         separate_output: Whether outputs have their own buffer, so that the next queries load while they leave;
             else they take the place of queries of the same size.
+        overlap: Whether the softmax of a tile starts while the values of the tile before are still being multiplied,
+            where no mask or soft cap needs the registers.
     """
 
     keys: int
     stages: int
     separate_output: bool
-    overlap: bool = True
+    overlap: bool
 
     def smem_bytes(self, dim: int, value_dim: int) -> int:
         """Bytes of the tiles of 16-bit queries, keys, values and outputs."""
@@ -89,11 +94,6 @@ class Plan:
     def pieces(self) -> int:
         """Loads that make up a tile of keys."""
         return 1 if self.page_size is None else max(self.tile.keys // self.page_size, 1)
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Registers of a thread of the producer and of a math warpgroup."""
-        return (80, 216) if self.narrow else (32, 240)
 
     @property
     def swizzle(self) -> int:
@@ -208,12 +208,12 @@ def kernel(
     **scratch,
 ):
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-    items = schedule_gmem[cta, 0]
+    items, registers = schedule_gmem[cta, 0], REGISTERS[plan.narrow is not None]
     bounds = (plan, offsets_gmem, query_lengths_gmem, lengths_gmem)
 
     @pl.when(wg == WARPGROUPS)
     def producer():
-        plgpu.set_max_registers(plan.registers[0], action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
 
         streams = [
             _Stream(source, *(scratch.get(name + part) for part in _STREAM_PARTS))
@@ -239,7 +239,7 @@ def kernel(
 
     @pl.when(wg < WARPGROUPS)
     def math_():
-        plgpu.set_max_registers(plan.registers[1], action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
         pl.when(wg == 1)(wgmma.offer_first_turn)
 
         def attend(i, done):
@@ -434,7 +434,7 @@ def _attend_item(
         slot, before = lax.rem(done + j, stages), lax.rem(done + j - 1, stages)
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[before])
-        overlap = plan.tile.overlap
+        overlap = plan.tile.overlap and not masked and plan.soft_cap is None
         s, out = wgmma.logits_and_values(
             queries,
             k_smem.at[slot],

@@ -39,12 +39,12 @@ def choose_tile(
         dim: H.
         value_dim: Hv.
         page_size: Tokens of a page, None for contiguous keys.
-        narrow: Whether keys and values are 8-bit codes, which take registers of the math warpgroups to decode.
+        narrow: Whether keys and values are 8-bit codes; decoding them takes registers from the math warpgroups.
     """
     if value_dim > 128:
         return TileConfig(keys=64, stages=2, separate_output=False, overlap=not narrow)
     for keys in (128, 96, 64):
-        config = TileConfig(keys=keys, stages=2, separate_output=True, overlap=not narrow)
+        config = TileConfig(keys=keys, stages=2, separate_output=True, overlap=True)
         whole = page_size is None or keys % page_size == 0 or page_size % keys == 0
         if whole and config.smem_bytes(dim, value_dim) <= SMEM_BYTES:
             return config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qjax import testing
-from qjax.pallas_kernels._prefill_attention_sm90 import TileConfig
+from qjax.pallas_kernels._prefill_attention_sm90 import REGISTERS, TileConfig
 from qjax.pallas_kernels.prefill_attention_sm90 import (
     choose_tile,
     paged_prefill_attention,
@@ -203,15 +203,21 @@ def test_one_cta_or_many_give_the_same():
 
 
 def test_tiles_fit_shared_memory():
-    assert choose_tile(128, 128) == TileConfig(keys=128, stages=2, separate_output=True)
-    assert choose_tile(192, 128) == TileConfig(keys=96, stages=2, separate_output=True)
+    assert choose_tile(128, 128) == TileConfig(
+        keys=128, stages=2, separate_output=True, overlap=True
+    )
+    assert choose_tile(192, 128) == TileConfig(
+        keys=96, stages=2, separate_output=True, overlap=True
+    )
     assert choose_tile(192, 128, page_size=64) == TileConfig(
-        keys=64, stages=2, separate_output=True
+        keys=64, stages=2, separate_output=True, overlap=True
     )
     assert choose_tile(128, 128, page_size=320) == TileConfig(
-        keys=64, stages=2, separate_output=True
+        keys=64, stages=2, separate_output=True, overlap=True
     )
-    assert choose_tile(256, 256) == TileConfig(keys=64, stages=2, separate_output=False)
+    assert choose_tile(256, 256) == TileConfig(
+        keys=64, stages=2, separate_output=False, overlap=True
+    )
     assert choose_tile(192, 128).smem_bytes(192, 128) == 204800
 
 
@@ -260,6 +266,8 @@ def test_ptxas_neither_spills_nor_serializes():
     for (report,) in testing.ptxas_reports(jobs):
         report.check()
         assert report.stack_bytes == 0
+        # What setmaxnreg hands to the math warpgroups must be what the CTA has.
+        assert all(low + 2 * high <= 3 * report.registers for low, high in REGISTERS.values())
 
 
 @pytest.mark.gpu
