@@ -36,19 +36,20 @@ def kernel_of(
     if w.format.storage == "wgmma":
         return _int4_kernel(m, n, k, x, w, act, out_dtype)
     if w.format.element.startswith("float8"):
-        kernel = _fp8_pair(w.format, act)
+        kernel = fp8_pair(w.format, act)
         if kernel is None:
-            return None, f"no kernel for {_describe(w.format)} weights with {_describe(act)} inputs"
+            return None, f"no kernel for {describe(w.format)} weights with {describe(act)} inputs"
         reason = fp8_gemm.unsupported_reason(
             m, n, k, x_dtype=act.element, w_dtype=w.format.element, out_dtype=out_dtype
         )
         return (None, reason) if reason else (kernel, "")
     if w.format.bits == 4 and w.format.offset != "minimum" and not w.format.spec.is_float:
         return None, "the weight has a checkpoint's layout: qjax.prepack(w) once for the kernel"
-    return None, f"no kernel for {_describe(w.format)} weights"
+    return None, f"no kernel for {describe(w.format)} weights"
 
 
-def _fp8_pair(weights: QFormat, inputs: QFormat | None) -> Kernel | None:
+def fp8_pair(weights: QFormat, inputs: QFormat | None) -> Kernel | None:
+    """The FP8 product of these formats: scales for blocks, or for rows of both operands."""
     if inputs is None or not inputs.element.startswith("float8") or weights.global_scale:
         return None
     if (weights.block_shape, inputs.block_shape) == ((128, 128), (1, 128)):
@@ -61,7 +62,7 @@ def _fp8_pair(weights: QFormat, inputs: QFormat | None) -> Kernel | None:
 
 def _int4_kernel(m, n, k, x, w: QArray, act, out_dtype) -> tuple[Kernel | None, str]:
     if w.format.spec.is_float or act is not None:
-        return None, f"no kernel for {_describe(w.format)} weights with {_describe(act)} inputs"
+        return None, f"no kernel for {describe(w.format)} weights with {describe(act)} inputs"
     if jnp.dtype(out_dtype) != x.dtype:
         return None, f"the kernel's output has x's dtype {x.dtype}; found {jnp.dtype(out_dtype)}"
     reason = int4_gemm_sm90.unsupported_reason(
@@ -75,7 +76,8 @@ def _int4_kernel(m, n, k, x, w: QArray, act, out_dtype) -> tuple[Kernel | None, 
     return (None, reason) if reason else ("int4", "")
 
 
-def _describe(format: QFormat | None) -> str:
+def describe(format: QFormat | None) -> str:
+    """A format in messages."""
     return "16-bit" if format is None else f"{format.element} {format.block_shape}"
 
 
@@ -146,7 +148,7 @@ def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
             num_sms=num_sms(),
         )
     m = x.shape[0]
-    codes, x_scale = _quantized(x, static.activation_format, activation_scale)
+    codes, x_scale = quantized_operand(x, static.activation_format, activation_scale)
     w_scale = decode_scale(w.scale)
     if static.kernel == "fp8_row":
         w_scale = w_scale.reshape(-1)
@@ -163,7 +165,7 @@ def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
     )
 
 
-def _quantized(x: Array | QArray, activation: ActivationFormat | None, scale):
+def quantized_operand(x: Array | QArray, activation: ActivationFormat | None, scale):
     """Codes [M', K] and scales as the FP8 products read them."""
     if not isinstance(x, QArray):
         assert activation is not None

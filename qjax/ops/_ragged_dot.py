@@ -1,5 +1,7 @@
 """Grouped matrix product of a mixture of experts: each group of rows meets its own expert's weight."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -7,9 +9,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from qjax.formats import ActivationFormat
-from qjax.ops._dispatch import choose, device_reason
+from qjax.ops._dispatch import choose, device_reason, num_sms
 from qjax.ops._dot import straight_through
-from qjax.qarray import QArray, dequantize_stored
+from qjax.ops._dot_kernels import describe, fp8_pair, quantized_operand
+from qjax.pallas_kernels import fp8_grouped_gemm_sm90
+from qjax.qarray import QArray, decode_scale, dequantize_stored
 from qjax.quantization import quantize_activation
 
 
@@ -49,6 +53,13 @@ def ragged_dot(
     if isinstance(rhs, QArray) and rhs.column_perm is not None:
         raise ValueError("ragged_dot: experts with a column permutation are not supported")
     out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
+    if isinstance(rhs, QArray):
+        reason = unsupported_reason(
+            lhs, rhs, activation_format=activation_format, out_dtype=out_dtype
+        )
+        if choose("ragged_dot", implementation, reason) == "pallas_mosaic_gpu":
+            run = _product if isinstance(lhs, QArray) else _differentiable
+            return run((activation_format, out_dtype.name), lhs, rhs, group_sizes, bias)
     expert = expert_of_rows(group_sizes, lhs.shape[0])
     inside = (expert < rhs.shape[0])[:, None]
     expert = jnp.minimum(expert, rhs.shape[0] - 1)
@@ -57,7 +68,6 @@ def ragged_dot(
     if activation_format is not None and not isinstance(lhs, QArray):
         x = straight_through(x, _quantized(lhs, activation_format, activation_scale, expert))
     if isinstance(rhs, QArray):
-        choose("ragged_dot", implementation, unsupported_reason(lhs, rhs))
         y = _xla(x, rhs, group_sizes)
     else:
         y = jax.lax.ragged_dot(
@@ -71,9 +81,89 @@ def ragged_dot(
     return jnp.where(inside, y, 0.0).astype(out_dtype)
 
 
-def unsupported_reason(lhs: Array | QArray, rhs: Array | QArray) -> str | None:
-    """Why no kernel takes this product, None if one does."""
-    return device_reason("9.0") or "no kernel for experts yet"
+def unsupported_reason(
+    lhs: Array | QArray,
+    rhs: Array | QArray,
+    *,
+    activation_format: ActivationFormat | None = None,
+    out_dtype: DTypeLike | None = None,
+) -> str | None:
+    """Why no kernel takes this product on the default device, None if one does."""
+    reason = device_reason("9.0")
+    if reason or not isinstance(rhs, QArray):
+        return reason or "no kernel for plain experts: XLA's product is the fast one"
+    inputs = (
+        lhs.format if isinstance(lhs, QArray) else activation_format and activation_format.format
+    )
+    pair = fp8_pair(rhs.format, inputs) if rhs.format.element.startswith("float8") else None
+    if pair is None:
+        return f"no kernel for experts of {describe(rhs.format)} with {describe(inputs)} inputs"
+    if activation_format is not None and activation_format.static:
+        return "static scales differ between experts: their inputs are quantized by XLA"
+    if lhs.shape[0] == 0:
+        return "there are no rows"
+    assert inputs is not None
+    return fp8_grouped_gemm_sm90.unsupported_reason(
+        *rhs.shape[1:],
+        x_dtype=inputs.element,
+        w_dtype=rhs.format.element,
+        out_dtype=lhs.dtype if out_dtype is None else out_dtype,
+    )
+
+
+def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
+    """By the FP8 kernel; `static` is the activation format and the name of the output's dtype."""
+    activation_format, out_dtype = static
+    rows = lhs.shape[0]
+    codes, x_scale = quantized_operand(lhs, activation_format, None)
+    w_scale = decode_scale(rhs.scale)
+    inputs = lhs.format if isinstance(lhs, QArray) else activation_format.format
+    block = fp8_pair(rhs.format, inputs) == "fp8_block"
+    if not block:
+        x_scale = jnp.broadcast_to(x_scale, (rows,)) if x_scale.size == 1 else x_scale
+        x_scale = jnp.pad(x_scale, (0, codes.shape[0] - rows))
+        w_scale = jnp.broadcast_to(w_scale[..., 0], rhs.shape[:2])
+    kernel = (
+        fp8_grouped_gemm_sm90.fp8_block_grouped_gemm
+        if block
+        else fp8_grouped_gemm_sm90.fp8_rowwise_grouped_gemm
+    )
+    y = kernel(
+        codes,
+        x_scale,
+        rhs.qvalue,
+        w_scale,
+        group_sizes.astype(jnp.int32),
+        bias=bias,
+        out_dtype=out_dtype,
+        num_sms=num_sms(),
+    )
+    return y[:rows]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(static, lhs, rhs, group_sizes, bias):
+    return _product(static, lhs, rhs, group_sizes, bias)
+
+
+def _forward(static, lhs, rhs, group_sizes, bias):
+    return _product(static, lhs, rhs, group_sizes, bias), (lhs, rhs, group_sizes, bias)
+
+
+def _backward(static, residuals, g):
+    del static
+    lhs, rhs, group_sizes, bias = residuals
+    g = g.astype(jnp.float32)
+    like = jax.ShapeDtypeStruct(lhs.shape, jnp.float32)
+    (d_lhs,) = jax.linear_transpose(lambda x: _xla(x, rhs, group_sizes), like)(g)
+    d_bias = None
+    if bias is not None:
+        rows = jax.nn.one_hot(expert_of_rows(group_sizes, lhs.shape[0]), rhs.shape[0])
+        d_bias = jnp.einsum("me,mn->en", rows, g).astype(bias.dtype)
+    return d_lhs.astype(lhs.dtype), None, None, d_bias
+
+
+_differentiable.defvjp(_forward, _backward)
 
 
 def expert_of_rows(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:

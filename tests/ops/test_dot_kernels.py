@@ -183,3 +183,32 @@ def test_specs_of_the_parts():
     specs = part_specs(format, P("tensor", "data"))
     assert specs["qvalue"] == P("tensor", "data", None, None)
     assert specs["scale"] == P("tensor", "data", None)
+
+
+@pytest.mark.parametrize("word", ["FP8_BLOCK", "FP8_DYNAMIC"])
+def test_experts(word):
+    spec = SCHEMES[word]
+    x, w, bias = normal(11, K, seed=1), quantize(normal(3, N, K), spec.weights), normal(3, N, seed=2)
+    sizes, g = jnp.array([4, 0, 6], jnp.int32), normal(11, N, seed=3).astype(jnp.float32)
+    args = dict(activation_format=spec.activations)
+    expected = qjax.ragged_dot(x, w, sizes, bias=bias, **args, out_dtype=jnp.float32)
+
+    def loss(x, bias):
+        y = qjax.ragged_dot(x, w, sizes, bias=bias, **args).astype(jnp.float32)
+        return jnp.sum(jnp.where(jnp.arange(11)[:, None] < 10, y * g, 0.0))
+
+    gradients = jax.grad(loss, (0, 1))(x, bias)
+    with kernels():
+        y = qjax.ragged_dot(x, w, sizes, bias=bias, **args)
+        found = jax.grad(loss, (0, 1))(x, bias)
+    assert y.dtype == x.dtype and not np.asarray(y[10:], np.float32).any()
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-6)
+    for a, b in zip(found, gradients, strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        np.testing.assert_allclose(a, b, rtol=2**-6, atol=2**-4)
+
+
+def test_experts_without_a_kernel_are_told():
+    x, w = normal(4, K), quantize(normal(2, N, K), "mxfp4")
+    with simulate_gpu(), pytest.raises(ValueError, match="ragged_dot: .*float4_e2m1fn"):
+        qjax.ragged_dot(x, w, jnp.array([2, 2]), implementation="pallas_mosaic_gpu")
