@@ -44,11 +44,11 @@ class Training:
 
     def model(self) -> CausalLM:
         """The model with the parameters of now; the next step takes their buffers away."""
-        return nnx.merge(self.graphdef, self.state.params, self.frozen)
+        return training_step.unstacked(nnx.merge(self.graphdef, self.state.params, self.frozen))
 
     def take(self, model: CausalLM, optimizer: Any, step: int) -> None:
         """Goes on with this model's parameters and this state of the optimizer."""
-        _, params, self.frozen = nnx.split(model, self.trainable, ...)
+        _, params, self.frozen = nnx.split(training_step.stacked(model), self.trainable, ...)
         taken = jax.device_put(jnp.asarray(step, jnp.int32), self.state.step.sharding)
         self.state = training_step.TrainState(params, optimizer, taken)
 
@@ -78,14 +78,16 @@ def prepared(args: argparse.Namespace, model: CausalLM, dtype: str) -> Training:
         key = jax.random.key(args.seed)
         qat.add_lora(model, args.lora_rank, args.lora_alpha, key=key, ignore=args.ignore)
         trainable = nnx.LoRAParam
-    graphdef, params, frozen = nnx.split(model, trainable, ...)
-    params = training_step.fully_sharded(params, model.sharding)
-    frozen = training_step.fully_sharded(frozen, model.sharding)
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, training_step.fully_sharded(state, model.sharding))
+    runs = training_step.stacked(model)
+    graphdef, params, frozen = nnx.split(runs, trainable, ...)
     transform = training_step.optimizer(
         learning_rate(args),
         betas=tuple(args.betas),
         weight_decay=args.weight_decay,
         clip=args.clip,
+        decays=training_step.matrices(params, runs.layer_runs),
     )
     state = training_step.start(params, transform)
     return Training(args, wanted, transform, graphdef, state, frozen, trainable)
@@ -107,7 +109,8 @@ def copied(model: CausalLM, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
     teacher = nnx.merge(graphdef, jax.tree.map(copy, state))
     teacher.model.embed_tokens.dtype = dtype
     graphdef, state = nnx.split(teacher)
-    return graphdef, training_step.fully_sharded(state, model.sharding)
+    state = training_step.fully_sharded(state, model.sharding)
+    return nnx.split(training_step.stacked(nnx.merge(graphdef, state)))
 
 
 def exported(training: Training, loaded: checkpoint.LoadedModel) -> Path:

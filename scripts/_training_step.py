@@ -22,6 +22,10 @@ LOGITS_BYTES = 2**29
 """Of float32 logits at a time: those of a whole batch may be larger than the model."""
 
 
+Stacked = Any
+"""A `CausalLM` that `stacked` made: its layers are runs of equal ones, `layer_runs` has their lengths."""
+
+
 class TrainState(NamedTuple):
     """What a step changes, donated to it: float32 parameters, the optimizer's state, steps taken."""
 
@@ -47,26 +51,69 @@ class Objective:
     remat: bool = False
 
 
-def hidden_states(model: CausalLM, ids: Array, *, remat: bool = False) -> Array:
-    """Normed hidden states [B, T, D] of whole sequences, equal layers in one scan.
+def stacked(model: CausalLM) -> Stacked:
+    """A copy of the model for `hidden_states`: runs of equal layers as one, their arrays [layers, ...].
 
-    The scan keeps compilation as short for 100 layers as for one. Neighbouring layers are equal if they
-    differ in nothing but the values of their parameters.
+    What is compiled does not grow with the layers then, and the optimizer has few arrays to go through.
+    Neighbouring layers are equal if they differ in nothing but the values of their parameters.
     """
+    runs = _equal_layers(list(model.model.layers))
+    whole: Stacked = nnx.merge(*nnx.split(model))
+    whole.layer_runs = tuple(len(states) for _, states in runs)
+
+    def stack(*parts):
+        own = parts[0].sharding
+        array = jnp.stack(parts)
+        if not isinstance(own, NamedSharding):
+            return array
+        return jax.device_put(array, NamedSharding(own.mesh, PartitionSpec(None, *own.spec)))
+
+    whole.model.layers = nnx.List(
+        [
+            nnx.merge(graphdef, states[0] if len(states) == 1 else jax.tree.map(stack, *states))
+            for graphdef, states in runs
+        ]
+    )
+    return whole
+
+
+def unstacked(model: Stacked) -> CausalLM:
+    """A copy of a `stacked` model with its layers one by one."""
+    model = nnx.merge(*nnx.split(model))
+    layers = []
+    for layer, count in zip(model.model.layers, model.layer_runs, strict=True):
+        graphdef, state = nnx.split(layer)
+        parts = [state] if count == 1 else [_part(state, i) for i in range(count)]
+        layers += [nnx.merge(graphdef, part) for part in parts]
+    model.model.layers = nnx.List(layers)
+    del model.layer_runs
+    return model
+
+
+def _part(state: nnx.State, i: int) -> nnx.State:
+    def take(x):
+        own = x.sharding
+        if not isinstance(own, NamedSharding):
+            return x[i]
+        return jax.device_put(x[i], NamedSharding(own.mesh, PartitionSpec(*own.spec[1:])))
+
+    return jax.tree.map(take, state)
+
+
+def hidden_states(model: Stacked, ids: Array, *, remat: bool = False) -> Array:
+    """Normed hidden states [B, T, D] of whole sequences by a `stacked` model."""
     b, t = ids.shape
     positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
     tokens = Tokens(positions, jnp.ones((b, t), bool), jnp.full((b,), t, jnp.int32))
     x = model.model.embed_tokens(ids)
-    for graphdef, states in _equal_layers(list(model.model.layers)):
+    for template, count in zip(model.model.layers, model.layer_runs, strict=True):
+        graphdef, state = nnx.split(template)
 
         def layer(x, state, graphdef=graphdef):
             return nnx.merge(graphdef, state)(x, tokens, None)[0], None
 
         body = jax.checkpoint(layer) if remat else layer
-        if len(states) == 1:
-            x = body(x, states[0])[0]
-        else:
-            x = jax.lax.scan(body, x, jax.tree.map(lambda *parts: jnp.stack(parts), *states))[0]
+        x = (body(x, state) if count == 1 else jax.lax.scan(body, x, state))[0]
     return model.model.norm(x)
 
 
@@ -85,12 +132,12 @@ def _equal_layers(layers: list[nnx.Module]) -> list[tuple[nnx.GraphDef, list[nnx
 
 
 def losses(
-    model: CausalLM, teacher: CausalLM | None, batch: dict[str, Array], objective: Objective
+    model: Stacked, teacher: Stacked | None, batch: dict[str, Array], objective: Objective
 ) -> tuple[Array, Array]:
     """Sums over counted targets of the negative log-likelihood and of the divergence, nats.
 
     Args:
-        model: The student.
+        model: The student; like the teacher, `stacked`.
         teacher: None for no divergence (0).
         batch: "tokens" int32 [B, T + 1], "counted" bool [B, T + 1].
         objective: Temperature, direction, rematerialization.
@@ -137,20 +184,31 @@ def _chunks(batch: int, length: int, vocab: int, sharding: Sharding) -> int:
 
 
 def optimizer(
-    schedule: optax.Schedule, *, betas: tuple[float, float], weight_decay: float, clip: float
+    schedule: optax.Schedule,
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    clip: float,
+    decays: Any,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) after clipping the gradient's global norm; matrices of weights alone decay."""
-
-    def matrices(params):
-        def decays(variable):
-            learned = isinstance(variable, qat.LearnedScale | qat.LearnedRounding)
-            return variable.get_value().ndim >= 2 and not learned
-
-        return jax.tree.map(decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
+    """AdamW (arXiv:1711.05101) after clipping the gradient's global norm; see `matrices` for `decays`."""
     b1, b2 = betas
-    adam = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=matrices)
+    adam = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip > 0 else adam
+
+
+def matrices(params: nnx.State, runs: tuple[int, ...]) -> Any:
+    """Which parameters decay: weights with two axes, apart from that of stacked layers."""
+
+    def decays(path, variable):
+        names = [entry.key for entry in path]
+        in_run = names[:2] == ["model", "layers"] and runs[names[2]] > 1
+        learned = isinstance(variable, qat.LearnedScale | qat.LearnedRounding)
+        return variable.get_value().ndim - in_run >= 2 and not learned
+
+    return jax.tree_util.tree_map_with_path(
+        decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
 
 
 def schedule(kind: str, rate: float, steps: int, warmup: int, final: float) -> optax.Schedule:
@@ -282,7 +340,9 @@ def _at_step(frozen: nnx.State, step: Array) -> nnx.State:
     """The state of a model that knows at which step of its schedule it is; see `qjax.qat.set_step`."""
 
     def tell(variable):
-        return variable.replace(step) if isinstance(variable, qat.Step) else variable
+        if not isinstance(variable, qat.Step):
+            return variable
+        return variable.replace(jnp.broadcast_to(step, variable.get_value().shape))
 
     return jax.tree.map(tell, frozen, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -314,8 +374,8 @@ def _score(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) ->
 
 
 def evaluate(model: CausalLM, windows: Windows, batch: int) -> float:
-    """Mean negative log-likelihood of the counted targets, nats."""
-    graphdef, state = nnx.split(model)
+    """Mean negative log-likelihood of the counted targets by a model that is not stacked, nats."""
+    graphdef, state = nnx.split(stacked(model))
     total = 0.0
     for first in range(0, len(windows), batch):
         rows = windows.rows(slice(first, first + batch))

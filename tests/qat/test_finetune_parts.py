@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from qat_tiny_model import CONFIG, write_model
 
 from qjax import Sharding, make_mesh
@@ -163,13 +164,28 @@ def test_the_scanned_forward_pass_is_the_models(folder):
     model = load(folder, dtype="float32", progress=False).model
     ids = jax.random.randint(jax.random.key(0), (2, 16), 0, 256)
     wanted = model(ids)[0]
+    scanned = steps.stacked(model)
+    layers = CONFIG["num_hidden_layers"]
+    assert scanned.layer_runs == (layers,)
+    assert scanned.model.layers[0].mlp.up_proj.weight.get_value().shape == (layers, 128, 64)
     for remat in (False, True):
-        hidden = jax.jit(lambda ids, r=remat: steps.hidden_states(model, ids, remat=r))(ids)
+        hidden = jax.jit(lambda ids, r=remat: steps.hidden_states(scanned, ids, remat=r))(ids)
         np.testing.assert_allclose(model.logits(hidden), wanted, rtol=1e-4, atol=1e-5)
-    (run,) = steps._equal_layers(list(model.model.layers))
-    assert len(run[1]) == CONFIG["num_hidden_layers"]
-    model.model.layers[1].self_attn.sliding_window = 4
-    assert [len(states) for _, states in steps._equal_layers(list(model.model.layers))] == [1, 1]
+    np.testing.assert_array_equal(steps.unstacked(scanned)(ids)[0], wanted)
+    model.model.layers[1].self_attn.sliding_window = 4  # no longer equal
+    scanned = steps.stacked(model)
+    assert scanned.layer_runs == (1,) * layers
+    hidden = steps.hidden_states(scanned, ids)
+    np.testing.assert_allclose(model.logits(hidden), model(ids)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_decay_and_vectors_do_not(folder):
+    model = steps.stacked(load(folder, dtype="float32", progress=False).model)
+    decays = steps.matrices(nnx.state(model, nnx.Param), model.layer_runs)
+    found = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(decays)}
+    assert found["model.layers.0.mlp.up_proj.weight"] and found["model.embed_tokens.weight"]
+    assert not found["model.norm.weight"] and not found["model.layers.0.input_layernorm.weight"]
+    assert sum(found.values()) == 8
 
 
 def test_losses_in_parts_are_those_of_whole_logits(folder, monkeypatch):
@@ -187,7 +203,8 @@ def test_losses_in_parts_are_those_of_whole_logits(folder, monkeypatch):
     assert steps._chunks(2, 16, 272, Sharding()) == 1
     monkeypatch.setattr(steps, "LOGITS_BYTES", 2 * 5 * 272 * 4)
     assert steps._chunks(2, 16, 272, Sharding()) == 4
-    found, kl = steps.losses(model, model, batch, steps.Objective(distill=0.5))
+    scanned = steps.stacked(model)
+    found, kl = steps.losses(scanned, scanned, batch, steps.Objective(distill=0.5))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert abs(kl) < 1e-4
 
