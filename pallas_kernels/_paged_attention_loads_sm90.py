@@ -48,14 +48,19 @@ def queries(query, sequence, head, block, *, group: int, storage: reg.Storage) -
             index = arith.addi(index, arith.muli(reg.value_of(head), reg.i32(group)))
             starts.append(arith.muli(index, reg.i32(dim)))
         # A pair of columns is a pair of channels; its place depends linearly on the lane.
-        registers = []
+        registers, vec = [], ir.VectorType.get((2,), dtype)
         for tile in range(dim // 8):
             first, second = int(order[8 * tile]), int(order[8 * tile + 2])
             offset = arith.addi(arith.muli(pair, reg.i32(second - first)), reg.i32(first))
             for start in starts:
                 at = arith.extui(ir.IntegerType.get_signless(64), arith.addi(start, offset))
                 at = utils.getelementptr(base, [at], dtype)
-                registers.append(llvm.load(ir.VectorType.get((2,), dtype), at))
+                if (apart := int(order[8 * tile + 1]) - first) == 1:
+                    registers.append(llvm.load(vec, at))
+                else:
+                    other = utils.getelementptr(at, [apart], dtype)
+                    pair_of = [llvm.load(dtype, at), llvm.load(dtype, other)]
+                    registers.append(vector.from_elements(vec, pair_of))
         return reg.array(registers, dim)
 
     def reference(query, sequence, head, block):

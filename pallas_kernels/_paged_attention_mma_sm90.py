@@ -17,12 +17,13 @@ _PTX_TYPES = {"bfloat16": "bf16", "float16": "f16"}
 _CVT_TYPES = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}
 
 
-def logits(query: Array, key, *, storage: reg.Storage) -> Array:
-    """Each warp's queries times its tokens' keys.
+def logits(query: Array, key, scales=None, *, storage: reg.Storage) -> Array:
+    """Each warp's queries times its tokens' keys, in units of 1 / storage.unit.
 
     Args:
         query: [64, H] from `queries`, in ``storage.operand``.
-        key: Shared memory [storage.tile, H] with ``storage.transforms``.
+        key: Shared memory [storage.tile, H] with ``storage.transforms``; FP4 [storage.tile, H / 2].
+        scales: Of FP4: shared memory, e4m3, tile * H / 16 of them.
         storage: Of the pages.
 
     Returns:
@@ -30,121 +31,204 @@ def logits(query: Array, key, *, storage: reg.Storage) -> Array:
     """
     n, dim = storage.tokens, storage.dim
 
-    def product(ctx, query, key):
+    def product(ctx, query, key, *scales):
         del ctx
-        address = _Tile(key, storage)
+        tile = _Tile(key, storage)
         words = [utils.bitcast(r, ir.IntegerType.get_signless(32)) for r in query.registers.flat]
         sums = [[utils.c(0.0, ir.F32Type.get())] * 4 for _ in range(n // 8)]
-        steps = []  # of 16 channels: the right operand for each block of tokens
-        for chunk in range(0, storage.row_bytes // 16, 32 // n):
-            found = address.load(chunk, transposed=False)
-            if storage.bits == 16:
-                steps.append([found[0:2], found[2:4]])
-            elif n == 16:
-                steps += [[_widen(found[i + j], storage) for i in (0, 2)] for j in range(2)]
-            else:
-                steps.append([_widen(r, storage) for r in found])
-        for step, right in enumerate(steps):
-            left = words[4 * step : 4 * step + 4]
-            for block in range(n // 8):
-                sums[block] = _mma(storage.operand, left, right[block], sums[block])
+        rows = (
+            [_KeyScales(scales[0], block, storage) for block in range(n // 8)] if scales else None
+        )
+        step, waiting = 0, [[] for _ in range(n // 8)]  # pairs of channels of each block of tokens
+        for first in range(0, storage.row_bytes // 16, tile.chunks):
+            for i, word in enumerate(tile.load(first, transposed=False)):
+                block, chunk = i // tile.chunks, first + i % tile.chunks
+                waiting[block] += _decode(word, storage, rows and rows[block].of_chunk(chunk))
+            while len(waiting[0]) >= 2:
+                for block in range(n // 8):
+                    right = [waiting[block].pop(0) for _ in range(2)]
+                    left = words[4 * step : 4 * step + 4]
+                    sums[block] = _mma(storage.operand, left, right, sums[block])
+                step += 1
         return reg.array(_pairs(sums), n)
 
-    def reference(query, key):
+    def reference(query, key, *scales):
         q = query.astype(jnp.float32).reshape(reg.WARPS, reg.ROWS, dim)
-        k = key[:, storage.key_order()].astype(jnp.float32).reshape(reg.WARPS, n, dim)
+        k = _values(key, storage, *scales)[:, storage.key_order()].reshape(reg.WARPS, n, dim)
         return jnp.einsum("wrd,wnd->wrn", q, k, precision="highest").reshape(64, n)
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
-    kinds = (plgpu.Layout.WGMMA, reg.tiled(storage))
-    return reg.inline(product, kinds, (64, n), jnp.float32)(query, key)
+    arrays = (query, key) if scales is None else (query, key, scales)
+    kinds = (plgpu.Layout.WGMMA, reg.tiled(storage), *[None] * len(arrays[2:]))
+    return reg.inline(product, kinds, (64, n), jnp.float32)(*arrays)
 
 
-def add_values(p: Array, value, out: Array, begin, end, *, storage: reg.Storage) -> Array:
-    """out + each warp's weights times its tokens' values.
+def add_values(
+    p: Array, value, out: Array, begin, end, scales=None, *, storage: reg.Storage
+) -> Array:
+    """out + each warp's weights times its tokens' values, in units of 1 / storage.unit.
 
     Args:
         p: [64, storage.tokens], in ``storage.operand``; zero for tokens that are not to be seen.
-        value: Shared memory [storage.tile, H] with ``storage.transforms``.
+        value: Shared memory, like keys in `logits`.
         out: float32 [64, H], columns in ``storage.value_order``.
         begin: Tokens of the tile before this one count as zeros, whatever the page holds.
         end: So do those from this one on.
+        scales: As in `logits`.
         storage: Of the pages.
     """
     n, dim = storage.tokens, storage.dim
 
-    def product(ctx, p, value, out, begin, end):
+    def product(ctx, p, value, out, begin, end, *scales):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
-        address = _Tile(value, storage)
+        tile = _Tile(value, storage)
         words = [utils.bitcast(r, i32) for r in p.registers.flat]
         sums = [[] for _ in range(dim // 8)]
         for i, r in enumerate(out.registers.flat):
             sums[i // 2] += [vector.extract(r, [], [j]) for j in range(2)]
-        token = arith.addi(
-            arith.muli(reg.warp(), reg.i32(n)),
-            arith.muli(arith.remui(reg.lane(), reg.i32(4)), reg.i32(2)),
-        )
-        masks = []
-        for block in range(n // 8):
-            parts = []
-            for j, mask in enumerate((0x0000FFFF, -0x10000)):
-                at = arith.addi(token, reg.i32(8 * block + j))
-                seen = arith.andi(
-                    arith.cmpi(arith.CmpIPredicate.sge, at, reg.value_of(begin)),
-                    arith.cmpi(arith.CmpIPredicate.slt, at, reg.value_of(end)),
-                )
-                parts.append(arith.select(seen, reg.i32(mask), reg.i32(0)))
-            masks.append(arith.ori(*parts))
-        if storage.bits == 16:
-            for chunk in range(0, dim // 8, 2):
-                found = address.load(chunk, transposed=True)
-                # Matrices: tokens 0-7 and 8-15 (outer), two blocks of 8 channels (inner).
-                found = [arith.andi(r, masks[i // 2]) for i, r in enumerate(found)]
-                for j in range(2):
-                    right = [found[j], found[2 + j]]
-                    sums[chunk + j] = _mma(storage.operand, words[:4], right, sums[chunk + j])
-        else:
-            chunks = 32 // n
-            for first in range(0, dim // 16, chunks):
-                found = address.load(first, transposed=True)
-                # A word holds two channels of one token, then of the next: pair tokens instead.
-                found = [
-                    _widen(_permute(arith.andi(r, masks[i // chunks])), storage)
-                    for i, r in enumerate(found)
-                ]
-                for c in range(chunks):
-                    blocks = found[c::chunks]
-                    for j in range(2):
-                        tile = 2 * (first + c) + j
-                        for step in range(n // 16):
-                            right = [blocks[2 * step][j], blocks[2 * step + 1][j]]
-                            left = words[4 * step : 4 * step + 4]
-                            sums[tile] = _mma(storage.operand, left, right, sums[tile])
+        masks = _masks(begin, end, storage)
+        rows = [
+            _ValueScales(scales[0], block, mask, storage)
+            for block, mask in enumerate(masks if scales else ())
+        ]
+        per_word = 16 // storage.bits
+        for first in range(0, storage.row_bytes // 16, tile.chunks):
+            loaded = tile.load(first, transposed=True)
+            for c in range(tile.chunks):
+                blocks = []
+                for block, word in enumerate(loaded[c :: tile.chunks]):
+                    if rows:  # no code is a NaN: it is enough that the scale is zero
+                        scale = rows[block].of_chunk(first + c)
+                        blocks.append(_decode(word, storage, scale))
+                        continue
+                    word = arith.andi(word, masks[block])
+                    # A word holds two channels of one token, then of the next: pair tokens instead.
+                    blocks.append(_decode(_permute(word) if storage.bits == 8 else word, storage))
+                for j in range(per_word):
+                    at = per_word * (first + c) + j
+                    for step in range(n // 16):
+                        right = [blocks[2 * step][j], blocks[2 * step + 1][j]]
+                        left = words[4 * step : 4 * step + 4]
+                        sums[at] = _mma(storage.operand, left, right, sums[at])
         return reg.array(_pairs(sums), dim)
 
-    def reference(p, value, out, begin, end):
+    def reference(p, value, out, begin, end, *scales):
         token = jnp.arange(storage.tile)
         seen = (token >= begin) & (token < end)
-        v = jnp.where(seen[:, None], value.astype(jnp.float32), 0)[:, storage.value_order()]
+        v = jnp.where(seen[:, None], _values(value, storage, *scales), 0)[:, storage.value_order()]
         p = p.astype(jnp.float32).reshape(reg.WARPS, reg.ROWS, n)
         part = jnp.einsum("wrn,wnd->wrd", p, v.reshape(reg.WARPS, n, dim), precision="highest")
         return out + part.reshape(64, dim)
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
+    arrays = (p, value, out, begin, end) if scales is None else (p, value, out, begin, end, scales)
     registers, scalar = plgpu.Layout.WGMMA, reg.SCALAR
-    kinds = (registers, reg.tiled(storage), registers, scalar, scalar)
-    return reg.inline(product, kinds, (64, dim), jnp.float32)(p, value, out, begin, end)
+    kinds = (registers, reg.tiled(storage), registers, scalar, scalar, *[None] * len(arrays[5:]))
+    return reg.inline(product, kinds, (64, dim), jnp.float32)(*arrays)
+
+
+def _values(stored: Array, storage: reg.Storage, *scales: Array) -> Array:
+    """The numbers that the tensor instructions see: float32 [tile, H]."""
+    if not scales:
+        return stored.astype(jnp.float32)
+    codes = jnp.stack([stored & 15, stored >> 4], axis=-1).reshape(storage.tile, storage.dim)
+    magnitude = jnp.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7] / storage.unit
+    scale = scales[0].astype(jnp.float32).reshape(storage.tile, -1)
+    return jnp.where(codes > 7, -magnitude, magnitude) * jnp.repeat(scale, reg.SCALE_BLOCK, axis=1)
+
+
+def _masks(begin, end, storage: reg.Storage) -> list[ir.Value]:
+    """Of each block of tokens: a word's halves are those of two tokens, all ones where they are seen."""
+    token = arith.addi(
+        arith.muli(reg.warp(), reg.i32(storage.tokens)),
+        arith.muli(arith.remui(reg.lane(), reg.i32(4)), reg.i32(2)),
+    )
+    masks = []
+    for block in range(storage.tokens // 8):
+        parts = []
+        for j, mask in enumerate((0x0000FFFF, -0x10000)):
+            at = arith.addi(token, reg.i32(8 * block + j))
+            seen = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.sge, at, reg.value_of(begin)),
+                arith.cmpi(arith.CmpIPredicate.slt, at, reg.value_of(end)),
+            )
+            parts.append(arith.select(seen, reg.i32(mask), reg.i32(0)))
+        masks.append(arith.ori(*parts))
+    return masks
+
+
+class _ScaleRows:
+    """FP4's scales of neighbouring tokens: four scales to a word."""
+
+    def __init__(self, ref, row: ir.Value, count: int, storage: reg.Storage):
+        self.size, self.count = storage.dim // reg.SCALE_BLOCK // 4, count
+        i32 = ir.IntegerType.get_signless(32)
+        offset = arith.muli(row, reg.i32(4 * self.size))
+        self.base = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(ref)), offset)
+        # All at once where registers suffice.
+        self.loaded = _shared_words(self.base, 0, self.size * count) if self.size <= 2 else None
+
+    def words(self, index: int) -> list[ir.Value]:
+        """This word of each token."""
+        places = [self.size * i + index for i in range(self.count)]
+        if self.loaded is not None:
+            return [self.loaded[at] for at in places]
+        return [_shared_words(self.base, 4 * at, 1)[0] for at in places]
+
+
+class _KeyScales:
+    """FP4's scales of the token whose keys a thread decodes, of one block of tokens."""
+
+    def __init__(self, ref, block: int, storage: reg.Storage):
+        row = arith.addi(
+            arith.muli(reg.warp(), reg.i32(storage.tokens)),
+            arith.addi(arith.divui(reg.lane(), reg.i32(4)), reg.i32(8 * block)),
+        )
+        self.rows = _ScaleRows(ref, row, 1, storage)
+        # A chunk has two blocks of 16 channels, each decoded by two threads of four.
+        half = arith.remui(arith.divui(reg.lane(), reg.i32(2)), reg.i32(2))
+        self.selectors = [
+            arith.muli(arith.addi(half, reg.i32(2 * odd)), reg.i32(0x11)) for odd in range(2)
+        ]
+
+    def of_chunk(self, chunk: int) -> ir.Value:
+        """The scale, twice, in float16."""
+        (word,) = self.rows.words(chunk // 2)
+        return _widen_pair(_select(word, word, self.selectors[chunk % 2]))
+
+
+class _ValueScales:
+    """FP4's scales of the two tokens whose values a thread decodes, of one block of tokens; zero if not seen."""
+
+    def __init__(self, ref, block: int, mask: ir.Value, storage: reg.Storage):
+        row = arith.addi(
+            arith.muli(reg.warp(), reg.i32(storage.tokens)),
+            arith.addi(
+                arith.muli(arith.remui(reg.lane(), reg.i32(4)), reg.i32(2)), reg.i32(8 * block)
+            ),
+        )
+        self.rows, self.mask = _ScaleRows(ref, row, 2, storage), mask
+        half = arith.divui(reg.lane(), reg.i32(16))
+        self.selectors = [
+            arith.addi(arith.muli(half, reg.i32(0x11)), reg.i32(0x40 + 0x22 * odd))
+            for odd in range(2)
+        ]
+
+    def of_chunk(self, chunk: int) -> ir.Value:
+        """The two scales in float16."""
+        selected = _select(*self.rows.words(chunk // 2), self.selectors[chunk % 2])
+        return arith.andi(_widen_pair(selected), self.mask)
 
 
 class _Tile:
     """Addresses of a tile's 8x8 matrices of 16-bit units (16 bytes of 8 tokens), as ldmatrix takes them."""
 
     def __init__(self, ref, storage: reg.Storage):
-        self.swizzle, self.paired = storage.swizzle, storage.tokens == 16
+        self.swizzle, self.chunks = storage.swizzle, 32 // storage.tokens
         lane = reg.lane()
         row, bit = lane, None
-        if self.paired:  # two blocks of tokens, of each two chunks
+        if self.chunks == 2:  # two blocks of tokens, of each two chunks
             row = arith.addi(
                 arith.muli(arith.divui(lane, reg.i32(16)), reg.i32(8)),
                 arith.remui(lane, reg.i32(8)),
@@ -200,15 +284,56 @@ def _mma(dtype: str, left, right, sums) -> list[ir.Value]:
     return list(found)
 
 
-def _widen(word: ir.Value, storage: reg.Storage) -> list[ir.Value]:
-    """Four 8-bit numbers as two pairs of float16."""
-    kind = _CVT_TYPES[storage.dtype]
+def _decode(word: ir.Value, storage: reg.Storage, scale: ir.Value | None = None) -> list[ir.Value]:
+    """Pairs of 16-bit operands: of 16-bit numbers, of bytes 0-1 and 2-3, or of nibbles i and i + 4."""
+    if storage.bits == 16:
+        return [word]
     i32 = ir.IntegerType.get_signless(32)
+    if storage.bits == 8:
+        kind = _CVT_TYPES[storage.dtype]
+        found = utils.inline_ptx(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; "
+            f"cvt.rn.f16x2.{kind} $0, low; cvt.rn.f16x2.{kind} $1, high; }}",
+            word,
+            result_types=[i32] * 2,
+        )
+        return list(found)
+    assert scale is not None
+    found = []
+    for i in range(4):
+        # Sign to sign, exponent and mantissa to the lowest of float16's exponent and its highest of mantissa.
+        top = arith.shli(word, reg.i32(12 - 4 * i)) if i < 3 else word
+        low = arith.andi(arith.shrui(top, reg.i32(3)), reg.i32(0x0E000E00))
+        bits = arith.ori(arith.andi(top, reg.i32(-0x7FFF8000)), low)
+        # Exact: a product is a multiple of 2^-24 and has at most six significant bits.
+        found.append(utils.inline_ptx("mul.rn.f16x2 $0, $1, $2;", bits, scale, result_types=i32))
+    return found
+
+
+def _widen_pair(halfword: ir.Value) -> ir.Value:
+    """The two e4m3 numbers in a word's low half in float16."""
+    return utils.inline_ptx(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, low; }",
+        halfword,
+        result_types=ir.IntegerType.get_signless(32),
+    )
+
+
+def _select(first: ir.Value, second: ir.Value, selector: ir.Value) -> ir.Value:
+    """Bytes of two words by the nibbles of a selector."""
+    i32 = ir.IntegerType.get_signless(32)
+    return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", first, second, selector, result_types=i32)
+
+
+def _shared_words(base: ir.Value, offset: int, count: int) -> list[ir.Value]:
+    """1, 2 or 4 words of shared memory."""
+    names = ", ".join(f"${i}" for i in range(count))
+    kind, names = ("b32", names) if count == 1 else (f"v{count}.b32", f"{{{names}}}")
     found = utils.inline_ptx(
-        "{ .reg .b16 low, high; mov.b32 {low, high}, $2; "
-        f"cvt.rn.f16x2.{kind} $0, low; cvt.rn.f16x2.{kind} $1, high; }}",
-        word,
-        result_types=[i32] * 2,
+        f"ld.shared.{kind} {names}, [${count}+{offset}];",
+        base,
+        result_types=[ir.IntegerType.get_signless(32)] * count,
+        has_side_effects=True,
     )
     return list(found)
 

@@ -1,14 +1,14 @@
 """Arrays of the decode attention kernel: what each thread has of keys, values, logits and queries.
 
 The queries that share a KV head fill 16 rows. ``wgmma`` would need 64, and its second operand in shared memory
-in 16 bits; ``mma.sync`` takes both operands from registers, so 8-bit keys and values are read from shared
+in 16 bits; ``mma.sync`` takes both operands from registers, so narrow keys and values are read from shared
 memory once, become float16 in registers (exactly) and never go back. The four warps of a warpgroup work on
 different tokens of a tile without waiting for each other.
 
 An array is [64, columns] in ``Layout.WGMMA``: rows 16w .. 16w+15 are the 16 queries as warp w sees them. Its
 columns are tokens of that warp, or channels.
 
-8-bit channels need no shuffles if both operands agree on another order of the channels: `Storage.key_order` and
+Narrow channels need no shuffles if both operands agree on another order of the channels: `Storage.key_order` and
 `Storage.value_order`.
 """
 
@@ -26,6 +26,8 @@ from jaxlib.mlir.dialects import arith
 
 ROWS = 16  # of one mma
 WARPS = 4
+FP4 = "float4_e2m1fn"
+SCALE_BLOCK = 16  # channels of FP4 that share a scale
 SCALAR = plgpu.Layout.WGMMA  # any: scalars have no layout
 
 
@@ -34,7 +36,7 @@ class Storage:
     """How keys and values of one page dtype lie in shared memory and become operands.
 
     Attributes:
-        dtype: Of the pages.
+        dtype: Of the pages; float4_e2m1fn in bytes of two, even channels low, with an e4m3 scale for each 16.
         dim: Channels of a head.
     """
 
@@ -49,7 +51,17 @@ class Storage:
     @property
     def bits(self) -> int:
         """Of a channel."""
-        return 8 * jnp.dtype(self.dtype).itemsize
+        return 4 if self.dtype == FP4 else 8 * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Dtype of the pages' arrays, and their last axis."""
+        return ("uint8", self.dim // 2) if self.bits == 4 else (self.dtype, self.dim)
+
+    @property
+    def unit(self) -> float:
+        """What an operand of one stands for: e2m1's bits in the places of float16's are 2^-14 times it."""
+        return 2.0**14 if self.bits == 4 else 1.0
 
     @property
     def operand(self) -> str:
@@ -72,6 +84,11 @@ class Storage:
         return self.dim * self.bits // 8
 
     @property
+    def token_bytes(self) -> int:
+        """Of a token, its scales included."""
+        return self.row_bytes + (self.dim // SCALE_BLOCK if self.bits == 4 else 0)
+
+    @property
     def swizzle(self) -> int:
         """Bytes: the widest swizzle that divides a token; 16 is none."""
         return next(s for s in (128, 64, 32, 16) if self.row_bytes % s == 0)
@@ -81,7 +98,7 @@ class Storage:
         """Of a tile in shared memory."""
         if self.swizzle == 16:
             return ()
-        columns = self.swizzle * 8 // self.bits
+        columns = self.swizzle // jnp.dtype(self.stored[0]).itemsize
         return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(self.swizzle))
 
     def key_order(self) -> np.ndarray:
@@ -89,15 +106,22 @@ class Storage:
         column = np.arange(self.dim)
         if self.bits == 16:
             return column
-        c, h, t, e = column // 16, column // 8 % 2, column // 2 % 4, column % 2
-        return 16 * c + 4 * t + 2 * h + e
+        h, t, e = column // 8 % 2, column // 2 % 4, column % 2
+        if self.bits == 8:
+            return column // 16 * 16 + 4 * t + 2 * h + e
+        return column // 32 * 32 + 8 * t + 2 * (column // 16 % 2) + h + 4 * e
 
     def value_order(self) -> np.ndarray:
         """Channel of each column of the products with values."""
         column = np.arange(self.dim)
         if self.bits == 16:
             return column
-        return column // 16 * 16 + 2 * (column % 8) + column // 8 % 2
+        per_word = 16 // self.bits
+        return (
+            column // (8 * per_word) * 8 * per_word
+            + per_word * (column % 8)
+            + column // 8 % per_word
+        )
 
 
 def tiled(storage: Storage) -> plgpu.RefType:

@@ -35,7 +35,7 @@ from qjax.pallas_kernels._paged_attention_combine_sm90 import combine
 MASKED = -1e30  # finite, so that differences of two masked logits are numbers
 MAX_ROWS = 64
 MAX_QUERIES = 8
-PAGE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+PAGE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", reg.FP4)
 QUERY_DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128)
@@ -71,6 +71,11 @@ def unsupported_reason(
         return f"head_dim must be one of {HEAD_DIMS}; found {head_dim}"
     if page_size not in PAGE_SIZES:
         return f"page_size must be one of {PAGE_SIZES}; found {page_size}"
+    if page_dtype == reg.FP4 and (head_dim not in (64, 128) or page_size * head_dim % 2048):
+        return (
+            "FP4 pages need a head_dim of 64 or 128, and pages of 2048 numbers or a multiple; "
+            f"found {head_dim} and {page_size} tokens"
+        )
     return None
 
 
@@ -114,7 +119,7 @@ class _Plan:
 
 def ring_stages(storage: reg.Storage, warpgroups: int) -> tuple[int, int]:
     """Tiles of the ring, and CTAs that an SM then holds (by their registers: at most 3 or 2)."""
-    size = 2 * storage.tile * storage.row_bytes
+    size = 2 * storage.tile * storage.token_bytes
     for ctas in range(3 if storage.dim < 128 else 2, 1, -1) if warpgroups == 1 else ():
         stages = (SMEM_BYTES // ctas - 4096) // size
         if stages >= 2:
@@ -135,7 +140,7 @@ def choose_splits(
         storage: Of the pages.
     """
     slots = num_sms * ctas
-    whole = pairs * max_tokens * 2 * storage.row_bytes / BYTES_PER_US
+    whole = pairs * max_tokens * 2 * storage.token_bytes / BYTES_PER_US
 
     def microseconds(splits: int) -> float:
         waves, rest = divmod(pairs * splits, slots)
@@ -157,6 +162,8 @@ def paged_decode_attention(
     *,
     key_scale: Array | None = None,
     value_scale: Array | None = None,
+    key_block_scale: Array | None = None,
+    value_block_scale: Array | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
@@ -169,12 +176,15 @@ def paged_decode_attention(
 
     Args:
         query: [B, N, H] or [B, T, N, H], bfloat16 or float16; head n attends with KV head n // (N // K).
-        key_pages: [P, K, page_size, H], bfloat16, float16, e4m3 or e5m2; key = stored * key_scale.
+        key_pages: [P, K, page_size, H], bfloat16, float16, e4m3 or e5m2; key = stored * key_scale. Or uint8
+            [P, K, page_size, H / 2]: two e2m1 codes, the even channel low (NVFP4).
         value_pages: Like key_pages.
         page_table: int32 [B, pages]; entries past a sequence's pages may be anything.
         lengths: int32 [B] or [B, T]: tokens that a query sees, its own included; 0 gives zeros.
         key_scale: float32 [K], [P, K] or [P, K, page_size]; None for 1.
         value_scale: Likewise; both are None or of as many axes.
+        key_block_scale: Of e2m1 codes: e4m3 [P, K, page_size, H / 16], one more factor.
+        value_block_scale: Likewise.
         scale: Default 1/sqrt(H).
         sliding_window: Only the last this many tokens are seen.
         soft_cap: Logits become soft_cap * tanh(logits / soft_cap).
@@ -194,7 +204,8 @@ def paged_decode_attention(
         query, lengths = query[:, None], lengths[:, None] if lengths.ndim == 1 else lengths
     _check(query, key_pages, value_pages, page_table, lengths, key_scale, value_scale, sinks)
     (batch, steps, q_heads, dim), (_, kv_heads, page_size, _) = query.shape, key_pages.shape
-    storage = reg.Storage.of(key_pages.dtype, dim)
+    block_scales = _block_scales(key_pages, dim, key_block_scale, value_block_scale)
+    storage = reg.Storage.of(reg.FP4 if block_scales else key_pages.dtype, dim)
     rows = steps * (q_heads // kv_heads)
     default_stages, ctas = ring_stages(storage, 1 if rows <= reg.ROWS else 2)
     plan = _Plan(
@@ -231,6 +242,7 @@ def paged_decode_attention(
         ones if key_scale is None else key_scale,
         ones if value_scale is None else value_scale,
         np.zeros((q_heads,), np.float32) if sinks is None else sinks,
+        *block_scales,
     ]
     merged = plan.row_blocks * plan.warpgroups * plan.merged_rows
     out_dtype = query.dtype if splits == 1 else jnp.float32
@@ -279,12 +291,13 @@ def _check(query, key_pages, value_pages, page_table, lengths, key_scale, value_
         dim,
         page_size,
         queries=steps,
-        page_dtype=key_pages.dtype,
+        page_dtype=reg.FP4 if key_pages.dtype == jnp.uint8 else key_pages.dtype,
         query_dtype=query.dtype,
     )
     if reason:
         raise ValueError(f"paged_decode_attention: {reason}")
-    expect("key_pages", key_pages, [(*key_pages.shape[:3], dim)], PAGE_DTYPES)
+    columns = dim // 2 if key_pages.dtype == jnp.uint8 else dim
+    expect("key_pages", key_pages, [(*key_pages.shape[:3], columns)], (key_pages.dtype.name,))
     expect("value_pages", value_pages, [key_pages.shape], (key_pages.dtype.name,))
     expect("page_table", page_table, [(batch, *page_table.shape[1:2])], ("int32",))
     expect("lengths", lengths, [(batch, steps)], ("int32",))
@@ -298,12 +311,35 @@ def _check(query, key_pages, value_pages, page_table, lengths, key_scale, value_
         expect("sinks", sinks, [(q_heads,)], ("float32", "bfloat16", "float16"))
 
 
+def _block_scales(key_pages: Array, dim: int, *scales: Array | None) -> list[Array]:
+    """FP4's scales [P, K, page_size * H / 2048, 128], in rows that TMA copies; none of other pages."""
+    if key_pages.dtype != jnp.uint8:
+        if any(s is not None for s in scales):
+            raise ValueError("paged_decode_attention: only uint8 pages take block scales")
+        return []
+    shape = (*key_pages.shape[:3], dim // reg.SCALE_BLOCK)
+    for name, scale in zip(("key", "value"), scales, strict=True):
+        if scale is None or scale.shape != shape or scale.dtype != jnp.float8_e4m3fn:
+            found = None if scale is None else f"{scale.dtype}{list(scale.shape)}"
+            raise ValueError(
+                f"paged_decode_attention: {name}_block_scale must be float8_e4m3fn {list(shape)}; "
+                f"found {found}"
+            )
+    return [s.reshape(*shape[:2], -1, 128) for s in scales if s is not None]
+
+
 def _scratch(plan: _Plan) -> dict:
     storage = plan.storage
-    shape = (plan.stages, 2, storage.tile, storage.dim)
-    full = plgpu.Barrier(num_arrivals=plan.pages_per_tile, num_barriers=plan.stages)
-    return dict(
-        ring=plgpu.SMEM(shape, storage.dtype, transforms=storage.transforms),
+    dtype, columns = storage.stored
+    shape = (plan.stages, 2, storage.tile, columns)
+    copies = plan.pages_per_tile * (2 if storage.bits == 4 else 1)
+    full = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
+    scales = {}
+    if storage.bits == 4:
+        rows = storage.tile * storage.dim // (128 * reg.SCALE_BLOCK)
+        scales["block_scales"] = plgpu.SMEM((plan.stages, 2, rows, 128), jnp.float8_e4m3fn)
+    return scales | dict(
+        ring=plgpu.SMEM(shape, dtype, transforms=storage.transforms),
         tops=plgpu.SMEM((plan.warpgroups, 128), jnp.float32),
         sums=plgpu.SMEM((plan.warpgroups, 128), jnp.float32),
         keys_full=full,
@@ -322,11 +358,10 @@ def _kernel(
     k_scale_gmem,
     v_scale_gmem,
     sinks_gmem,
-    out_gmem,
-    log_sum_gmem,
-    *,
+    *outputs,
     plan: _Plan,
     ring,
+    block_scales=None,
     tops,
     sums,
     keys_full,
@@ -334,6 +369,7 @@ def _kernel(
     empty,
     done,
 ):
+    *block_scales_gmem, out_gmem, log_sum_gmem = outputs
     storage, tile_tokens, page_size = plan.storage, plan.storage.tile, plan.page_size
     split, sequence = lax.axis_index("split"), lax.axis_index("sequence")
     wg = lax.axis_index("wg")
@@ -372,6 +408,14 @@ def _kernel(
                     ring.at[slot, part, pl.ds(j * piece, piece)],
                     full.at[slot],
                 )
+                if block_scales is not None:
+                    per_row = 128 * reg.SCALE_BLOCK // storage.dim  # tokens
+                    rows = piece // per_row
+                    plgpu.copy_gmem_to_smem(
+                        block_scales_gmem[part].at[number, head, pl.ds(offset // per_row, rows)],
+                        block_scales.at[slot, part, pl.ds(j * rows, rows)],
+                        full.at[slot],
+                    )
 
     # Scales of pages and tokens are read two tiles ahead: the pages' numbers, then what they point to.
     per_token = len(k_scale_gmem.shape) == 3
@@ -409,7 +453,12 @@ def _kernel(
         row_end = loads.row_values(
             lengths_gmem, sequence * plan.queries, block, repeat=plan.group, count=plan.rows
         )
-    logit_scale = k_scale_gmem[head] * plan.logit_scale if static_scale else plan.logit_scale
+    logit_scale = plan.logit_scale * storage.unit
+    if static_scale:
+        logit_scale = k_scale_gmem[head] * logit_scale
+
+    def scales_at(slot, part):
+        return () if block_scales is None else (block_scales.at[slot, part],)
 
     def spread(vector, shape):
         return lax.broadcast_in_dim(vector, shape, [0])
@@ -419,7 +468,7 @@ def _kernel(
         slot = lax.rem(i, plan.stages)
         tile = begin + i
         plgpu.barrier_wait(keys_full.at[slot])
-        s = mma.logits(query, ring.at[slot, 0], storage=storage)
+        s = mma.logits(query, ring.at[slot, 0], *scales_at(slot, 0), storage=storage)
         s = s * logit_scale
         if not static_scale:
             s = s * of_tokens(token_scale[0])
@@ -457,6 +506,7 @@ def _kernel(
             out * spread(rescale, out.shape),
             start - tile * tile_tokens,
             length - tile * tile_tokens,
+            *scales_at(slot, 1),
             storage=storage,
         )
         refill = i + plan.stages < count
@@ -518,7 +568,7 @@ def _kernel(
         whole = whole + jnp.exp2(sink - common)
     whole = jnp.maximum(whole, float(jnp.finfo(jnp.float32).tiny))
     weight = jnp.exp2(top - common) / whole
-    weight = weight * (v_scale_gmem[head] if static_scale else largest)
+    weight = weight * ((v_scale_gmem[head] if static_scale else largest) * storage.unit)
     if plan.splits > 1:
         log_sum_gmem.at[sequence, head, split, block][...] = common + jnp.log2(whole)
     out = loads.merge(

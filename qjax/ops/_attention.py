@@ -83,6 +83,8 @@ def paged_attention(
             positions + 1,
             key_scale=_scale(key_pages),
             value_scale=_scale(value_pages),
+            key_block_scale=_block_scale(key_pages),
+            value_block_scale=_block_scale(value_pages),
             scale=scale,
             sliding_window=sliding_window,
             sinks=sinks,
@@ -107,15 +109,16 @@ def unsupported_reason(
         found = f"{list(key_pages.shape)} and {list(value_pages.shape)}"
         return f"keys and values must have the same shape; found {found}"
     pools = (key_pages, value_pages)
-    dtypes = {(p.qvalue if isinstance(p, QArray) else p).dtype.name for p in pools}
-    if len(dtypes) != 1 or isinstance(key_pages, QArray) != isinstance(value_pages, QArray):
-        return f"keys and values must be stored alike; found {' and '.join(sorted(dtypes))}"
-    for pool in pools:
-        if isinstance(pool, QArray):
-            f = pool.format
-            plain = f.storage == "plain" and not f.global_scale and f.scale_dtype == "float32"
-            if not plain or f.block_shape not in ((WHOLE, WHOLE), (1, WHOLE)):
-                return f"no kernel for pages of {f.element} {f.block_shape}"
+    formats = [p.format if isinstance(p, QArray) else None for p in pools]
+    dtypes = [p.dtype.name if f is None else f.element for p, f in zip(pools, formats, strict=True)]
+    if formats[0] != formats[1] or dtypes[0] != dtypes[1]:
+        return f"keys and values must be stored alike; found {' and '.join(dtypes)}"
+    if f := formats[0]:
+        blocks = (f.block_shape, f.scale_dtype, f.global_scale, f.storage)
+        eight = [((n, WHOLE), "float32", False, "plain") for n in (1, WHOLE)]
+        four = ((1, 16), "float8_e4m3fn", True, "packed")
+        if blocks not in (eight if f.bits == 8 else [four]) or f.offset is not None:
+            return f"no kernel for pages of {f.element} {f.block_shape}"
     if key_pages.ndim != 4 or query.ndim != 4:
         return f"pages and queries must have 4 axes; found {key_pages.ndim} and {query.ndim}"
     _, kv_heads, page_size, dim = key_pages.shape
@@ -125,17 +128,24 @@ def unsupported_reason(
         dim,
         page_size,
         queries=query.shape[1],
-        page_dtype=dtypes.pop(),
+        page_dtype=dtypes[0],
         query_dtype=query.dtype,
     )
 
 
 def _scale(pages: Array | QArray) -> Array | None:
-    """Scales of pages [P, K] or of their tokens [P, K, page_size]."""
+    """float32 scales of pages [P, K] or of their tokens [P, K, page_size]."""
     if not isinstance(pages, QArray):
         return None
+    if pages.global_scale is not None:
+        return pages.global_scale[..., 0, 0]
     scale = pages.scale[..., 0]
     return scale[..., 0] if pages.format.block_shape[0] == WHOLE else scale
+
+
+def _block_scale(pages: Array | QArray) -> Array | None:
+    """Scales of blocks of channels: [P, K, page_size, blocks]."""
+    return pages.scale if isinstance(pages, QArray) and pages.format.global_scale else None
 
 
 def _gather(pages: Array | QArray, page_table: Array) -> Float[Array, "B S K H"]:

@@ -18,6 +18,7 @@ from qjax.pallas_kernels.paged_attention_sm90 import (
 )
 
 TOLERANCE = 3e-3
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,14 @@ def operands(case: Case) -> dict[str, np.ndarray]:
     for name in ("key", "value"):
         values = rng.standard_normal((*shape, case.dim), np.float32)
         values[~np.broadcast_to(written[:, None], shape)] = np.nan
-        arrays[f"{name}_pages"] = values.astype(jnp.dtype(case.dtype))
+        if case.dtype == "nvfp4":
+            codes = rng.integers(0, 256, (*shape, case.dim // 2), np.uint8)
+            block = rng.uniform(2**-9, 0.5, (*shape, case.dim // 16)).astype(np.float32)
+            block[~np.broadcast_to(written[:, None], shape)] = np.nan
+            arrays[f"{name}_pages"] = codes
+            arrays[f"{name}_block_scale"] = block.astype(jnp.float8_e4m3fn)
+        else:
+            arrays[f"{name}_pages"] = values.astype(jnp.dtype(case.dtype))
         scale_shape = {"none": None, "head": shape[1:2], "page": shape[:2], "token": shape}
         if scale_shape[case.scales] is not None:
             low, high = (0.5, 1.5) if case.scales == "head" or name == "key" else (1e-7, 2e-4)
@@ -86,6 +94,11 @@ def reference(case: Case, arrays: dict[str, np.ndarray]) -> np.ndarray:
 
     def read(name, numbers, head, slots):
         found = a[f"{name}_pages"][numbers, head, slots]
+        if case.dtype == "nvfp4":
+            codes = found.astype(int)
+            codes = np.stack([codes % 16, codes // 16], axis=-1).reshape(-1, case.dim)
+            block = a[f"{name}_block_scale"][numbers, head, slots]
+            found = E2M1[codes] * np.repeat(block, 16, axis=1)
         match case.scales:
             case "head":
                 return found * a[f"{name}_scale"][head]
@@ -162,6 +175,13 @@ CASES = {
     "96 channels": Case(
         lengths=(70,), q_heads=3, kv_heads=1, dim=96, dtype="bfloat16", scales="none", splits=1
     ),
+    "nvfp4": Case(lengths=(130, 37), q_heads=4, kv_heads=2, pages=9, dtype="nvfp4", splits=1),
+    "nvfp4 with scales per page, pages larger than a tile": Case(
+        lengths=(150,), q_heads=4, kv_heads=1, page=128, dtype="nvfp4", scales="page", splits=2
+    ),
+    "nvfp4, 64 channels": Case(
+        lengths=(150,), q_heads=4, kv_heads=1, dim=64, page=32, dtype="nvfp4", splits=1
+    ),
     "256 channels": Case(lengths=(70,), q_heads=3, kv_heads=1, dim=256, splits=1),
 }
 
@@ -217,6 +237,12 @@ def test_bad_arguments_are_named():
         ValueError, match=r"value_scale must be float32 \[2\]; found float32\[5, 2\]"
     ):
         call(value_scale=jnp.ones((5, 2)))
+    with pytest.raises(ValueError, match="only uint8 pages take block scales"):
+        call(key_block_scale=jnp.ones(1))
+    with pytest.raises(ValueError, match=r"key_block_scale must be float8_e4m3fn .*; found None"):
+        four = Case(lengths=(9,), q_heads=4, kv_heads=2, dtype="nvfp4", pages=2)
+        four = {k: jnp.asarray(v) for k, v in operands(four).items()}
+        paged_decode_attention(**(four | {"key_block_scale": None}))
     with pytest.raises(ValueError, match="give both scales or none"):
         call(value_scale=None)
     with pytest.raises(ValueError, match=r"lengths must be int32 \[1, 1\]"):
@@ -233,6 +259,7 @@ def test_reasons_name_the_constraint():
     assert "page_size must be one of" in unsupported_reason(32, 8, 128, 24)
     assert "must divide" in unsupported_reason(30, 8, 128, 64)
     assert "at most 8 queries" in unsupported_reason(32, 8, 128, 64, queries=9)
+    assert "FP4 pages need" in unsupported_reason(8, 8, 64, 16, page_dtype="float4_e2m1fn")
     assert "found 5 times 16" in unsupported_reason(128, 8, 128, 64, queries=5)
 
 
@@ -240,15 +267,11 @@ def test_reasons_name_the_constraint():
 def test_gpu_matches_the_reference():
     lengths = (1, 0, 1000, 777, 64, 65)
 
-    def run(job):
-        name, splits = job
-        case = CASES[name]
+    def run(case):
+        splits = 1 if case.splits == 1 else 3
         check(dataclasses.replace(case, lengths=lengths, pages=1024 // case.page, splits=splits))
 
-    jobs = [(name, splits) for name in CASES for splits in (1, 3)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # compilation is what takes time
-        futures = [pool.submit(run, job) for job in jobs]
-    failures = {
-        job: error for job, f in zip(jobs, futures, strict=True) if (error := f.exception())
-    }
+        futures = {name: pool.submit(run, case) for name, case in CASES.items()}
+    failures = {name: error for name, f in futures.items() if (error := f.exception())}
     assert not failures, failures

@@ -165,7 +165,7 @@ def kernels():
     return stack
 
 
-def written_cache(name, *, tokens, page_size=16):
+def written_cache(name, *, tokens, page_size=32):
     """Pools that hold random keys and values of two sequences, their table, and their scales."""
     scales = (jnp.asarray([0.02, 0.03]), jnp.asarray([0.01, 0.04]))
     layers = [LayerShape(2, 64, 64)]
@@ -180,7 +180,7 @@ def written_cache(name, *, tokens, page_size=16):
 
 
 @pytest.mark.parametrize(
-    "name", ["bfloat16", "fp8_e4m3", "fp8_e4m3_head", "fp8_e4m3_token_head", "fp8_e5m2"]
+    "name", ["bfloat16", "fp8_e4m3", "fp8_e4m3_head", "fp8_e4m3_token_head", "fp8_e5m2", "nvfp4"]
 )
 def test_decode_kernel_equals_the_reference(name):
     tokens = jnp.asarray([63, 3])
@@ -218,6 +218,8 @@ def test_what_the_decode_kernel_refuses():
         assert "at most 8 queries" in unsupported_reason(jnp.zeros((2, 9, 4, 64), q.dtype), *pools)
         assert "found float8_e4m3fn and float32" in unsupported_reason(q.astype("float32"), *pools)
         plain = jnp.zeros(pools[0].shape, q.dtype)
+        nvfp4, _ = written_cache("nvfp4", tokens=jnp.asarray([9, 9]), page_size=16)
+        assert "pages of 2048 numbers or a multiple; found 64" in unsupported_reason(q, *nvfp4)
         assert "must be stored alike" in unsupported_reason(q, plain, pools[1])
         assert "the same shape" in unsupported_reason(q, plain[..., :32], plain)
         with qjax.require_kernels(), pytest.raises(ValueError, match="kernels are required"):
