@@ -5,8 +5,9 @@ as they are issued, so that one computes its softmax while the products of the o
 Shah et al. 2024, "ping-pong"). A turn is a named barrier: nothing else of a step may come between taking it,
 the instructions and handing it over, which is why all of that is one block of PTX here.
 
-Every function waits for its products before it returns, so the registers of `p` may be overwritten afterwards:
-ptxas before 13.3 does not keep a register operand alive until its wgmma has read it.
+Every function waits for its products before it returns, but for an output left pending on purpose, which `settle`
+waits for. The registers of `p` stay as they are until then: ptxas before 13.3 does not by itself keep a register
+operand alive until its wgmma has read it.
 """
 
 import functools

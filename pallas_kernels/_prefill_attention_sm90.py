@@ -18,7 +18,9 @@ issues its products in its turn (`_attention_wgmma_sm90`) and computes its softm
                                               [turn] out += p v(last)
                                               out / sum -> o_smem -> TMA
 
-The schedule says which CTA takes which tiles of queries, so that all end together.
+Away from masks, `out += p v(j-1)` is still under way while `p = softmax(s)` is computed. 8-bit pages go through a
+buffer of their own: the producer decodes them into the float16 tiles. The schedule says which CTA takes which tiles
+of queries, so that all end together.
 """
 
 import dataclasses
