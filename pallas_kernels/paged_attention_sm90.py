@@ -230,6 +230,11 @@ def paged_decode_attention(
             storage=storage,
         )
     plan = dataclasses.replace(plan, splits=splits)
+    ring = plan.stages * 2 * storage.tile * storage.row_bytes
+    if ring < plan.warpgroups * loads.merge_bytes(plan.merged_rows, dim):
+        raise ValueError(
+            f"paged_decode_attention: {plan.stages} stages have no room for the results: take more"
+        )
     # NumPy's become constants of the program; jax.numpy's would be computed at each call.
     ones = np.ones((kv_heads,), np.float32)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
