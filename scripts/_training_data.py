@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import logging
@@ -258,6 +259,11 @@ def _whole(documents: list[Document], length: int) -> Windows:
         tokens[row, : len(joined)] = joined
         counted[row, : len(joined)] = np.concatenate([p.counted for p in pieces])
     return Windows(tokens, counted)
+
+
+def fingerprint(windows: Windows) -> str:
+    """What tells these windows from others: a resumed run must read what it read before."""
+    return hashlib.sha256(windows.tokens.tobytes() + windows.counted.tobytes()).hexdigest()
 
 
 class Batches(Protocol):

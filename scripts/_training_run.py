@@ -32,18 +32,31 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.curve = path / "curve.jsonl"
+        self.rows: list[dict[str, Any]] = []
         file = path / "run.json"
-        options = json.loads(json.dumps(options))
         if file.exists() and not resume:
             raise ValueError(f"{path} holds a run; go on with --resume or choose another --out")
-        if file.exists():
-            earlier = json.loads(file.read_text())
-            changed = [k for k in options if earlier.get(k) != options[k]]
+        self._earlier = json.loads(file.read_text()) if file.exists() else None
+        self._options = json.loads(json.dumps(options))
+        if self._earlier is not None:
+            changed = [k for k, value in self._options.items() if self._earlier.get(k) != value]
             if changed:
-                was = ", ".join(f"{k} {earlier.get(k)!r} (now {options[k]!r})" for k in changed)
+                was = ", ".join(
+                    f"{k} {self._earlier.get(k)!r} (now {self._options[k]!r})" for k in changed
+                )
                 raise ValueError(f"{path} was started with other options: {was}; resume with those")
-        self._options = options
-        self.rows: list[dict[str, Any]] = []
+
+    def expect(self, name: str, value: str) -> None:
+        """Keeps what else decides the curve.
+
+        Raises:
+            ValueError: If it was another value when the run was started.
+        """
+        if self._earlier is not None and self._earlier.get(name) != value:
+            raise ValueError(
+                f"{self.path} was started with other {name}; resume with the same data"
+            )
+        self._options[name] = value
 
     def begin(self, step: int) -> None:
         """Makes the folder if need be, and drops what an earlier run left behind this step.

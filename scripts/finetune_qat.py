@@ -39,7 +39,7 @@ from qjax import Sharding, checkpoint
 from qjax.tokenizer import Tokenizer
 
 FREE = ("out", "resume", "export", "export_format", "save_every", "keep", "quiet", "remat")
-FREE += ("fsdp", "tensor", "expert")
+FREE += ("fsdp", "tensor", "expert", "implementation")
 """Options that a resumed run may change: the curve does not depend on them, but for the order of sums."""
 
 
@@ -57,6 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     add("--export", type=Path, help="Hugging Face folder to write at the end")
     add("--export-format", choices=list(checkpoint.EXPORT_FORMATS), help="of --export")
+    add("--implementation", choices=("pallas_mosaic_gpu", "xla"), help="of the ops (default: best)")
     add("--quiet", action="store_true", help="no progress bar")
     data = parser.add_argument_group("data").add_argument
     data("--data", default="topics", help="text, .jsonl, topics or kjv (%(default)s)")
@@ -99,9 +100,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Checks the options against each other, and settles what depends on others."""
-    for name, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("seq_len", 2), ("keep", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    for name in ("steps", "batch", "accumulate", "seq_len", "keep", "eval_windows"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch % (args.accumulate * args.fsdp):
         raise ValueError(
             f"--batch {args.batch} must be a multiple of --accumulate {args.accumulate} * --fsdp {args.fsdp}"
@@ -173,6 +174,7 @@ class Fit:
         self.sharding = loaded.model.sharding
         self.rate = training_model.learning_rate(args)
         self.batches = training_data.batches(train, args.batch, args.steps, args.seed)
+        run.expect("tokens", training_data.fingerprint(train))
         self.done = run.last_step()
         self.teacher_graphdef, self.teacher = None, None
         if args.distill:
@@ -306,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             recipe=None if args.recipe == "stored" else "bf16",
             dtype="float32",
             sharding=sharding,
+            implementation=args.implementation,
             progress=False,
         )
         fit = Fit(args, run, loaded, dtype, show)

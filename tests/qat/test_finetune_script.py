@@ -188,6 +188,13 @@ def test_mistakes_are_told_in_one_line(control, tmp_path, folder):
         with pytest.raises(ValueError, match=message):
             run(out, *common, *options)
     assert not (tmp_path / "new").exists() and not (tmp_path / "newer").exists()
+    text = Path(common[common.index("--data") + 1]).read_text()
+    (tmp_path / "text.txt").write_text(text)
+    common = (*common, "--data", tmp_path / "text.txt")
+    run(tmp_path / "other", *common)
+    (tmp_path / "text.txt").write_text(text.replace("the", "an"))
+    with pytest.raises(ValueError, match="was started with other tokens; resume with the same"):
+        run(tmp_path / "other", *common, "--resume")
     process = start(out, *common)
     assert process.communicate()[1].startswith("finetune_qat: ") and process.returncode == 2
 
