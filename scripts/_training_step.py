@@ -18,7 +18,7 @@ from qjax import qat
 from qjax.nn import CausalLM, Tokens
 from qjax.sharding import Sharding
 
-LOGITS_BYTES = 2**29
+LOGITS_BYTES = 2**30
 """Of float32 logits at a time: those of a whole batch may be larger than the model."""
 
 
@@ -173,7 +173,8 @@ def losses(
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     parts = jax.tree.map(cut, (hidden, guide, targets, counted))
-    return jax.lax.scan(jax.checkpoint(chunk), zero, parts)[0]
+    # Several parts are there to save memory, so their logits are not kept for the gradient.
+    return jax.lax.scan(jax.checkpoint(chunk) if chunks > 1 else chunk, zero, parts)[0]
 
 
 def _chunks(batch: int, length: int, vocab: int, sharding: Sharding) -> int:

@@ -12,7 +12,9 @@ stay packed and frozen beneath --lora-rank adapters. With another recipe and --l
 trained on frozen weights and the sum is rounded. Weights and optimizer are float32, activations --dtype.
 
 RUN gets curve.jsonl (a line per step and evaluation), curve.png and checkpoints. A run that was killed
-goes on with --resume exactly as it would have. --export writes the quantized model as a Hugging Face folder.
+goes on with --resume exactly as it would have (to the bit on a GPU if XLA_FLAGS has
+--xla_gpu_deterministic_ops=true: gradients of embeddings are sums in no fixed order). --export writes the
+quantized model as a Hugging Face folder.
 """
 
 import argparse
