@@ -8,6 +8,7 @@ from qjax.nn._mlp import GatedMLP
 from qjax.nn._moe import ExpertLinear, Experts, MoE
 from qjax.nn._params import (
     ActivationScale,
+    Adapter,
     Context,
     FakeQuantizer,
     KVScale,
@@ -23,6 +24,7 @@ from qjax.nn._router import Router, Routing, route
 
 __all__ = [
     "ActivationScale",
+    "Adapter",
     "Attention",
     "CausalLM",
     "Context",

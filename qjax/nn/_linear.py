@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from qjax.nn._params import (
+    Adapter,
     Context,
     FakeQuantizer,
     abstract_activation_scale,
@@ -64,7 +65,7 @@ class Linear(nnx.Module):
         self.in_axis, self.out_axis = in_axis, out_axis
         self.sharding = context.sharding
         self.implementation = context.implementation
-        self.lora: nnx.Module | None = nnx.data(None)  # a trained update: `qjax.qat.add_lora`
+        self.lora: Adapter | None = nnx.data(None)  # a trained update: `qjax.qat.add_lora`
         self.fake_quant: FakeQuantizer | None = nnx.data(
             None
         )  # while it trains: `qjax.qat.prepare`

@@ -49,6 +49,18 @@ class Context:
         return self.specs.get(path, QuantSpec())
 
 
+class Adapter(nnx.Module):
+    """A trained update beside a linear layer; `qjax.qat` has the implementation."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What the update adds to the layer's output."""
+        raise NotImplementedError
+
+    def delta(self) -> jax.Array:
+        """The update of the weight [N, K]."""
+        raise NotImplementedError
+
+
 class FakeQuantizer(nnx.Module):
     """What a layer asks while it is trained to be quantized; `qjax.qat` has the implementation."""
 

@@ -37,7 +37,7 @@ def kernel_of(
         return _int4_kernel(m, n, k, x, w, act, out_dtype)
     if w.format.element.startswith("float8"):
         kernel = fp8_pair(w.format, act)
-        if kernel is None:
+        if kernel is None or act is None:
             return None, f"no kernel for {describe(w.format)} weights with {describe(act)} inputs"
         reason = fp8_gemm.unsupported_reason(
             m, n, k, x_dtype=act.element, w_dtype=w.format.element, out_dtype=out_dtype
@@ -178,12 +178,16 @@ def quantized_operand(x: Array | QArray, activation: ActivationFormat | None, sc
         if format.scale_dtype != "float32":
             reason = f"scales of {format.scale_dtype} are rounded by XLA"
         where = choose("quantize_activation", None, reason)
-        bounds = dict(amax_min=activation.amax_min, amax_max=activation.amax_max)
+        low, high = activation.amax_min, activation.amax_max
         if where == "pallas_mosaic_gpu":
             if per_token:
-                return fp8_quantize_sm90.fp8_quantize_per_token(x, dtype=format.element, **bounds)
+                return fp8_quantize_sm90.fp8_quantize_per_token(
+                    x, dtype=format.element, amax_min=low, amax_max=high
+                )
             if format.block_shape == (1, 128):
-                return fp8_quantize_sm90.fp8_quantize_1x128(x, dtype=format.element, **bounds)
+                return fp8_quantize_sm90.fp8_quantize_1x128(
+                    x, dtype=format.element, amax_min=low, amax_max=high
+                )
             scale = scale.astype(jnp.float32).reshape(1)
             return fp8_quantize_sm90.fp8_quantize_static(x, scale, dtype=format.element), scale
         x = quantize_activation(x, activation, scale=scale)

@@ -81,7 +81,7 @@ def _differentiable(x: Array, format: QFormat, grid: Grid, rounding: Array | Non
 
 
 def stored_scale(scale: Array, dtype: str) -> Array:
-    """A learned scale as the format stores it, never 0 nor beyond the dtype's range; e8m0 rounds to the nearest power of two."""
+    """A learned scale as the format stores it, neither 0 nor beyond the dtype's range; e8m0 to the nearest."""
     scale = jax.lax.stop_gradient(scale)
     if dtype == "float8_e8m0fnu":
         exponent = jnp.clip(jnp.round(jnp.log2(jnp.abs(scale))) + 127, 1, 254)

@@ -119,19 +119,20 @@ class GridQuantizer(FakeQuantizer):
         """
         self.weights, self.activations, self.training = weights, activations, training
         self.step = nnx.data(step)
-        learned = weights is not None and weight is not None
         self.scale: LearnedScale | None = nnx.data(None)
         self.rounding: LearnedRounding | None = nnx.data(None)
         self.zero_point: GridConstant | None = nnx.data(None)
         self.minimum: GridConstant | None = nnx.data(None)
         self.global_scale: GridConstant | None = nnx.data(None)
-        if learned and training.learn_scale:
+        if weights is None or weight is None:
+            return
+        if training.learn_scale:
             grid = compute_grid(weight, weights)
             self.scale = LearnedScale(grid.scale.astype(jnp.float32))
             for name in ("zero_point", "minimum", "global_scale"):
                 part = getattr(grid, name)
                 setattr(self, name, None if part is None else GridConstant(part))
-        if learned and training.learn_rounding:
+        if training.learn_rounding:
             self.rounding = LearnedRounding(jnp.zeros(weight.shape, jnp.float32))
 
     def _grid(self, shape: tuple[int, ...]) -> Grid | None:

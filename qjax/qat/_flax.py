@@ -1,15 +1,16 @@
 """Fake quantization inside Flax NNX's own layers, through the operations that they let one replace.
 
 `nnx.Linear` and `nnx.LinearGeneral` call ``dot_general``, `nnx.Einsum` calls ``einsum_op``: these become modules
-that quantize both operands along the axes that the product sums over. `nnx.Embed` and parameters of one's own
-(expert weights) are quantized where they are read, by a hook on the variable.
+that quantize both operands along the axes that the product sums over. `nnx.Embed`'s table and parameters of one's
+own (expert weights) are quantized where they are read: a module that reads like the parameter takes its place. (A
+variable's own hook would also act where an optimizer reads parameters and gradients.)
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -54,7 +55,7 @@ class Axes:
         w = jnp.transpose(w, order)
         b, c = len(self.batch), len(self.contract)
         lead, k = w.shape[:b], w.shape[w.ndim - c :]
-        return w.reshape(*lead, -1, _size(k))
+        return w.reshape(*lead, -1, math.prod(k))
 
     def from_rows(self, rows: Array, shape: tuple[int, ...]) -> Array:
         """The inverse, for a weight of this shape."""
@@ -63,15 +64,40 @@ class Axes:
         return jnp.transpose(w, [order.index(a) for a in range(len(shape))])
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+class StandIn(nnx.Module):
+    """Stands where a layer had its parameter, and reads like one."""
+
+    def get_value(self) -> Array:
+        """The weight in the layer's own shape."""
+        raise NotImplementedError
+
+    def __getitem__(self, index) -> Array:
+        return self.get_value()[index]
+
+    def __jax_array__(self) -> Array:
+        return self.get_value()
+
+    @property
+    def value(self) -> Array:
+        """`get_value()`, as `nnx.Variable` has it."""
+        return self.get_value()
 
 
-class QuantizedWeight(nnx.Module):
-    """Stands where a Flax layer had its parameter: read like one, it gives the dequantized values."""
+class FakeQuantWeight(StandIn):
+    """A parameter that reads as what quantization keeps of it."""
+
+    def __init__(self, weight: nnx.Variable, axes: Axes, quantizer: GridQuantizer):
+        """Takes the parameter."""
+        self.weight, self.axes, self.quantizer = weight, axes, quantizer
+
+    def get_value(self) -> Array:
+        """The weight as the forward pass uses it at this step."""
+        w = self.weight.get_value()
+        return self.axes.from_rows(self.quantizer.weight(self.axes.to_rows(w)), w.shape)
+
+
+class QuantizedWeight(StandIn):
+    """A quantized array that reads as its dequantized values."""
 
     def __init__(self, w: QArray, axes: Axes, shape: tuple[int, ...]):
         """Takes the array [*batch, N, K] of a weight of this shape."""
@@ -79,16 +105,8 @@ class QuantizedWeight(nnx.Module):
         self.axes, self.shape = axes, shape
 
     def get_value(self) -> Array:
-        """The weight in the layer's own shape."""
+        """The dequantized weight."""
         return self.axes.from_rows(self.array.get_value().dequantize(), self.shape)
-
-    def __getitem__(self, index) -> Array:
-        return self.get_value()[index]
-
-    @property
-    def value(self) -> Array:
-        """`get_value()`, as `nnx.Variable` has it."""
-        return self.get_value()
 
 
 class FakeQuantDotGeneral(nnx.Module):
@@ -125,15 +143,17 @@ class FakeQuantEinsum(nnx.Module):
 class QuantizedDotGeneral(nnx.Module):
     """A layer's product after training: `qjax.dot` where it is one, else on dequantized values."""
 
-    def __init__(self, weight: QuantizedWeight, quantizer: GridQuantizer):
-        """Takes the weight and the input's format."""
-        self.weight, self.activations = weight, quantizer.activations
+    def __init__(self, weight: QuantizedWeight | None, quantizer: GridQuantizer):
+        """Takes the weight, None for one that is not quantized, and the input's format."""
+        self.weight = nnx.data(weight)
+        self.activations = quantizer.activations
         self.inputs = GridQuantizer(None, quantizer.activations, Training(), None)
 
     def __call__(self, lhs, rhs, dimension_numbers, precision=None, **kwargs) -> Array:
         """The product; the right operand is the dequantized weight, unread where `qjax.dot` does it."""
         (lhs_contract, contract), (lhs_batch, batch) = dimension_numbers
-        if tuple(lhs_contract) == (lhs.ndim - 1,) and tuple(contract) == (0,) and not batch:
+        plain = tuple(lhs_contract) == (lhs.ndim - 1,) and tuple(contract) == (0,) and not batch
+        if self.weight is not None and plain:
             w = self.weight.array.get_value()
             y = dot(lhs, w, activation_format=self.activations)
             return y.reshape(*lhs.shape[:-1], *self.weight.shape[1:])
@@ -160,12 +180,7 @@ def _quantized_input(quantizer: GridQuantizer, x, contract, batch) -> Array:
     if quantizer.activations is None:
         return x
     axes = Axes(contract, batch)
-    rows = axes.to_rows(x) if x.ndim > len(contract) else x.reshape(1, -1)
-    return (
-        axes.from_rows(quantizer.input(rows), x.shape)
-        if x.ndim > len(contract)
-        else (quantizer.input(rows).reshape(x.shape))
-    )
+    return axes.from_rows(quantizer.input(axes.to_rows(x)), x.shape)
 
 
 def einsum_axes(
@@ -220,17 +235,36 @@ class Weight:
     @property
     def variable(self) -> nnx.Variable:
         """The parameter."""
-        return getattr(self.module, self.name)
+        held = getattr(self.module, self.name)
+        return held.weight if isinstance(held, FakeQuantWeight) else held
 
     @property
-    def hooked(self) -> bool:
-        """Whether it is quantized where it is read."""
+    def columns(self) -> int:
+        """K."""
+        shape = self.variable.get_value().shape
+        return math.prod(shape[a] for a in self.axes.contract)
+
+    @property
+    def read(self) -> bool:
+        """Whether it is quantized where it is read, and not where it is multiplied."""
         return not isinstance(self.module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum)
+
+    @property
+    def quantizer(self) -> GridQuantizer | None:
+        """The grids that `prepare` gave it, None if it gave none."""
+        held = getattr(self.module, self.name)
+        if isinstance(held, FakeQuantWeight):
+            return held.quantizer
+        for name in ("dot_general", "einsum_op"):
+            op = getattr(self.module, name, None)
+            if isinstance(op, FakeQuantDotGeneral | FakeQuantEinsum):
+                return op.quantizer
+        return None
 
     @property
     def prepared(self) -> bool:
         """Whether `prepare` has been here."""
-        return _quantizer(self) is not None
+        return self.quantizer is not None
 
 
 def quantizable(model: nnx.Module, axes: Mapping[str, Axes]) -> dict[str, Weight]:
@@ -256,7 +290,8 @@ def quantizable(model: nnx.Module, axes: Mapping[str, Axes]) -> dict[str, Weight
             found[path] = Weight(path, "Embedding", module, "embedding", Axes((1,)))
         for name, own in axes.items():
             parent, _, attribute = name.rpartition(".")
-            if parent == path and isinstance(getattr(module, attribute, None), nnx.Variable):
+            held = getattr(module, attribute, None)
+            if parent == path and isinstance(held, nnx.Variable | FakeQuantWeight):
                 kind = "Experts" if own.batch else "Linear"
                 found[name] = Weight(name, kind, module, attribute, own)
     missing = sorted(set(axes) - set(found))
@@ -285,103 +320,58 @@ def prepare(weight: Weight, spec: QuantSpec, training: Training, step: Step | No
     """
     if spec.activations is not None and spec.activations.static:
         raise ValueError(f"prepare: {weight.path}: static activation scales need calibrated inputs")
-    if weight.hooked and spec.activations is not None and weight.kind != "Embedding":
+    if weight.read and spec.activations is not None and weight.kind != "Embedding":
         raise ValueError(
             f"prepare: {weight.path} is quantized where it is read: its inputs can't be; use a recipe "
             "for weights only"
         )
     rows = weight.axes.to_rows(weight.variable.get_value())
     quantizer = GridQuantizer(spec.weights, spec.activations, training, step, rows)
-    if weight.hooked:
-        if step is not None or quantizer.scale is not None or quantizer.rounding is not None:
-            raise ValueError(
-                f"prepare: {weight.path} is quantized where it is read: neither schedules nor learned "
-                "parameters reach it"
-            )
-        hook = _Hook(spec, training, weight.axes)
-        weight.variable.set_metadata(on_get_value=(hook,))
+    if weight.read:
+        held = FakeQuantWeight(weight.variable, weight.axes, quantizer)
+        setattr(weight.module, weight.name, nnx.data(held))
     elif isinstance(weight.module, nnx.Einsum):
         weight.module.einsum_op = nnx.data(FakeQuantEinsum(quantizer))
     else:
-        weight.module.dot_general = nnx.data(FakeQuantDotGeneral(quantizer))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Hook:
-    """Fake quantization where a variable is read."""
-
-    spec: QuantSpec
-    training: Training
-    axes: Axes
-
-    def quantizer(self) -> GridQuantizer:
-        """The grids, of which none is learned."""
-        return GridQuantizer(self.spec.weights, None, self.training, None)
-
-    def __call__(self, variable: nnx.Variable, value: Any) -> Any:
-        """The values that quantization keeps."""
-        del variable
-        if not isinstance(value, jax.Array):
-            return value
-        return self.axes.from_rows(self.quantizer().weight(self.axes.to_rows(value)), value.shape)
-
-
-def _hook(variable: Any) -> _Hook | None:
-    hooks = (
-        variable.get_metadata().get("on_get_value", ())
-        if isinstance(variable, nnx.Variable)
-        else ()
-    )
-    return next((h for h in hooks if isinstance(h, _Hook)), None)
-
-
-def _quantizer(weight: Weight) -> GridQuantizer | None:
-    """The grids that `prepare` gave a weight, None if it gave none."""
-    hook = _hook(weight.variable)
-    if hook is not None:
-        return hook.quantizer()
-    for name in ("dot_general", "einsum_op"):
-        op = getattr(weight.module, name, None)
-        if isinstance(op, FakeQuantDotGeneral | FakeQuantEinsum):
-            return op.quantizer
-    return None
+        setattr(weight.module, "dot_general", nnx.data(FakeQuantDotGeneral(quantizer)))  # noqa: B010
 
 
 def convert(model: nnx.Module) -> int:
     """Replaces the weights of prepared layers by quantized ones; returns how many."""
-    hooked = {
-        ".".join(str(p) for p in path): hook.axes
-        for path, variable in nnx.to_flat_state(nnx.state(model))
-        if (hook := _hook(variable)) is not None
+    own = {
+        ".".join(str(p) for p in path): module.axes
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, FakeQuantWeight)
     }
-    known = quantizable(model, {})
-    known |= {p: w for p, w in quantizable(model, _given(model, hooked, known)).items()}
+    layers = quantizable(model, {})
+    tables = {f"{w.path}.{w.name}".lstrip(".") for w in layers.values()}
+    given = {path: axes for path, axes in own.items() if path not in tables}
     count = 0
-    for weight in known.values():
-        quantizer = _quantizer(weight)
-        if quantizer is None:
+    for weight in quantizable(model, given).values():
+        quantizer, module = weight.quantizer, weight.module
+        if quantizer is None or quantizer.weights is None:
+            if quantizer is not None:
+                _use_inputs(module, None, quantizer)
+                count += 1
             continue
-        variable, module = weight.variable, weight.module
-        if weight.hooked:
-            variable.set_metadata(on_get_value=())
-        dtype = getattr(module, "dtype", None)
-        value = variable.get_value()
+        value = weight.variable.get_value()
+        dtype = None if weight.read else getattr(module, "dtype", None)
         value = (
             value if dtype is None else value.astype(dtype)
-        )  # the grid is that of the product's operand
-        q = quantizer.quantized(weight.axes.to_rows(value))
-        held = QuantizedWeight(q, weight.axes, value.shape)
+        )  # the product's operand had the grid
+        held = QuantizedWeight(
+            quantizer.quantized(weight.axes.to_rows(value)), weight.axes, value.shape
+        )
         setattr(module, weight.name, nnx.data(held))
-        if isinstance(module, nnx.Einsum):
-            module.einsum_op = nnx.data(QuantizedEinsum(quantizer))
-        elif not weight.hooked:
-            module.dot_general = nnx.data(QuantizedDotGeneral(held, quantizer))
+        if not weight.read:
+            _use_inputs(module, held, quantizer)
         count += 1
     return count
 
 
-def _given(model: nnx.Module, hooked: Mapping[str, Axes], known: Mapping[str, Weight]):
-    """Axes of the hooked parameters that no layer of Flax's explains."""
-    of_layers = {f"{w.path}.{w.name}".lstrip(".") for w in known.values()}
-    del model
-    return {path: axes for path, axes in hooked.items() if path not in of_layers}
+def _use_inputs(module: nnx.Module, held: QuantizedWeight | None, quantizer: GridQuantizer) -> None:
+    """Gives a layer the product that it has after training."""
+    if isinstance(module, nnx.Einsum):
+        module.einsum_op = nnx.data(QuantizedEinsum(quantizer))
+    else:
+        setattr(module, "dot_general", nnx.data(QuantizedDotGeneral(held, quantizer)))  # noqa: B010

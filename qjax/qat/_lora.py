@@ -11,14 +11,14 @@ from jax import Array
 from jaxtyping import Float
 
 from qjax.formats import QFormat
-from qjax.nn import Linear, modules, sharded_dot
+from qjax.nn import Adapter, Linear, modules, sharded_dot
 from qjax.qarray import QArray, dequantize_stored
 from qjax.quantization import quantize, refine_blocks
 from qjax.recipe import matches
 from qjax.sharding import Sharding
 
 
-class LoRA(nnx.Module):
+class LoRA(Adapter):
     """``scale * (x @ a.T) @ b.T``: a trained update of rank r to a linear layer (arXiv:2106.09685).
 
     Attributes:

@@ -25,7 +25,7 @@ from qjax.qarray import QArray
 from qjax.qat import _flax
 from qjax.qat._fake_quantizer import GridQuantizer, Schedule, Step, Training
 from qjax.quantization import refine_blocks
-from qjax.recipe import QuantSpec, Recipe
+from qjax.recipe import QuantSpec, Recipe, fit_group
 from qjax.recipe import recipe as named_recipe
 from qjax.sharding import array_specs, sharded_format
 
@@ -92,7 +92,7 @@ def prepare[Model: nnx.Module](
         _prepare_own(path, module, specs, training, step)
     for path, weight in foreign.items():
         if path in specs:
-            _flax.prepare(weight, specs[path], training, step)
+            _flax.prepare(weight, fit_group(specs[path], weight.columns, path), training, step)
     if recipe.kv_cache is not None and recipe.kv_cache.quantized:
         _prepare_kv_caches(model, recipe)
     return model
@@ -204,6 +204,7 @@ def convert[Model: nnx.Module](model: Model) -> Model:
 
 def _quantized(module, quantizer: GridQuantizer, w: Array) -> QArray:
     """The weight in its format; on a mesh with blocks that no shard cuts, each device its part."""
+    assert quantizer.weights is not None
     graphdef, state = nnx.split(quantizer)
     sharding = module.sharding
     if sharding.mesh is None:
@@ -231,8 +232,11 @@ def _compiled(graphdef, state, w: Array, format: QFormat) -> QArray:
 def quantized_weights(model: nnx.Module) -> dict[str, QArray]:
     """{path: array} of a model's quantized weights, [..., N, K] with K the axis that products sum over."""
     found = {}
-    for path, node in nnx.to_flat_state(nnx.state(model, QuantizedParam)):
-        value = node.get_value()
-        if isinstance(value, QArray):
-            found[".".join(str(p) for p in path)] = value
+    for parts, module in nnx.iter_modules(model):
+        if isinstance(module, _flax.QuantizedDotGeneral | _flax.QuantizedWeight):
+            continue  # its weight counts where the layer has it
+        for name, held in vars(module).items():
+            variable = held.array if isinstance(held, _flax.QuantizedWeight) else held
+            if isinstance(variable, QuantizedParam):
+                found[".".join((*(str(p) for p in parts), name))] = variable.get_value()
     return found
