@@ -29,7 +29,7 @@ def main(steps: int = 200) -> list[float]:
 
     def loss(params):
         with qat.fake_quant_params(Recipe((Rule(("up",), spec),))):
-            return jnp.mean((model.apply(params, x) - y) ** 2)
+            return jnp.mean((jnp.asarray(model.apply(params, x)) - y) ** 2)
 
     @jax.jit
     def step(params, state):
@@ -41,9 +41,10 @@ def main(steps: int = 200) -> list[float]:
     for _ in range(steps):
         params, state, value = step(params, state)
         losses.append(float(value))
+    assert spec.weights is not None
     codes = qat.quantize_params(params["params"], {"up.kernel": (spec.weights, qat.Axes((0,)))})
     params["params"]["up"]["kernel"] = codes["up.kernel"].dequantize().T
-    return [*losses, float(jnp.mean((model.apply(params, x) - y) ** 2))]
+    return [*losses, float(jnp.mean((jnp.asarray(model.apply(params, x)) - y) ** 2))]
 
 
 if __name__ == "__main__":

@@ -394,7 +394,7 @@ def _multiply(tile: _Tile, steps, count, tokens: int, *, wg, gmem, smem, barrier
             )
             if j == len(sums) - 1:
                 plgpu.barrier_arrive(empty.at[slot])
-            if scales is not None:
+            if scales is not None and scale is not None:
                 part = part * lax.broadcast_in_dim(scales * scale, total.shape, [x_axis])
             new_sums.append(lax.optimization_barrier(total + part))
         return count + 1, tuple(new_sums)

@@ -225,7 +225,8 @@ def kernel(
 
         def load(i, done):
             item = _item(schedule_gmem[cta, i + 1], *bounds)
-            return _load_item(item, i, done, plan, q_gmem, table_gmem, *streams, *queries)
+            keys, values = streams
+            return _load_item(item, i, done, plan, q_gmem, table_gmem, keys, values, *queries)
 
         done = lax.fori_loop(0, items, load, jnp.int32(0))
 

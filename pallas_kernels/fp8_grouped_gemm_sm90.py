@@ -74,12 +74,12 @@ def candidate_tiles(rows: float, n: int) -> list[GroupedTileConfig]:
 
 def with_stages(swap: bool, tokens: int, weights: int, cluster: int = 1) -> GroupedTileConfig:
     """The tiling with as many stages as fit, 8 at most."""
-    for stages in range(8, 1, -1):
-        halves = not swap and tokens == 256
-        config = GroupedTileConfig(swap, tokens, weights, stages, cluster, halves)
-        if config.smem_bytes() <= MAX_SMEM:
-            break
-    return config
+    halves = not swap and tokens == 256
+    configs = [
+        GroupedTileConfig(swap, tokens, weights, stages, cluster, halves)
+        for stages in range(8, 1, -1)
+    ]
+    return next((c for c in configs if c.smem_bytes() <= MAX_SMEM), configs[-1])
 
 
 def modelled_us(

@@ -31,7 +31,8 @@ CONTIGUOUS = (
 
 def group_sizes(groups: int, rows: int) -> np.ndarray:
     """Rows of each group, 0.7 to 1.3 times the expected ones."""
-    return np.int32(rows * np.random.default_rng(groups + rows).uniform(0.7, 1.3, groups))
+    share = np.random.default_rng(groups + rows).uniform(0.7, 1.3, groups)
+    return (rows * share).astype(np.int32)
 
 
 def grouped_case(

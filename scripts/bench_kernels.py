@@ -304,20 +304,23 @@ def measure(case: Case, ceilings: dict[str, float], peers, stamp: dict, calls: i
 
 def tilings(op: str, m: int, n: int, k: int) -> list[tuple[float, Callable[[], Case], object]]:
     """(modelled microseconds, maker of the case, tiling) of each candidate, the chosen one first."""
-    num_sms = jax.devices()[0].core_count
+    num_sms, partial = jax.devices()[0].core_count, functools.partial
     if op == "int4_gemm":
-        candidates = int4_gemm_sm90.candidate_tiles(m, k, scale_bytes=2 / 128)
-        model = int4_gemm_sm90.modelled_us
+        int4 = int4_gemm_sm90
+        rows = [
+            (int4.modelled_us(c, m, n, k, num_sms=num_sms), partial(int4_case, m, n, k, 128, c), c)
+            for c in int4.candidate_tiles(m, k, scale_bytes=2 / 128)
+        ]
     else:
-        candidates = _fp8_gemm_sm90.candidate_tiles(m, k)
-        model = _fp8_gemm_sm90.modelled_us
-
-    def case(config) -> Case:
-        if op == "int4_gemm":
-            return int4_case(m, n, k, 128, config)
-        return fp8_gemm_case(op, m, n, k, config)
-
-    rows = [(model(c, m, n, k, num_sms=num_sms), functools.partial(case, c), c) for c in candidates]
+        fp8 = _fp8_gemm_sm90
+        rows = [
+            (
+                fp8.modelled_us(c, m, n, k, num_sms=num_sms),
+                partial(fp8_gemm_case, op, m, n, k, c),
+                c,
+            )
+            for c in fp8.candidate_tiles(m, k)
+        ]
     return sorted(rows, key=lambda row: row[0])
 
 
