@@ -25,8 +25,6 @@ import _training_step as training_step
 import finetune_qat
 import jax
 import numpy as np
-import optax
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
@@ -154,18 +152,16 @@ def measure_step(args: argparse.Namespace, recipe: str | None) -> tuple[float, i
     config = llama.Config.from_hf(LLAMA_8B | {"num_hidden_layers": args.layers})
     model = llama.Model(config, dtype="float32")
     nn.initialize(model, jax.random.key(0))
-    if recipe is not None:
-        model = qat.prepare(model, recipe)
-    model.model.embed_tokens.dtype = "bfloat16"
-    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    options = ["--recipe", recipe or "none", "--out", "unused", *(["--remat"] * args.remat)]
+    training = finetune_qat.training_model.prepared(finetune_qat.parse(options), model, "bfloat16")
     del model
-    transform = training_step.optimizer(
-        optax.constant_schedule(1e-5), betas=(0.9, 0.95), weight_decay=0.01, clip=1.0
-    )
-    state = training_step.start(params, transform)
-    del params
-    take = training_step.train_step(
-        graphdef, None, transform, training_step.Objective(remat=args.remat), state
+    state, frozen = training.state, training.frozen
+    take: Any = training_step.train_step(
+        training.graphdef,
+        None,
+        training.transform,
+        training_step.Objective(remat=args.remat),
+        state,
     )
     rows = np.random.default_rng(0).integers(0, 1000, (args.tokens // 2048, 2049), np.int32)
     batch = {"tokens": rows, "counted": np.ones(rows.shape, bool)}
