@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import _bench_fp8_grouped_gemm as grouped
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +117,7 @@ def fp8_gemm_case(op: str, m: int, n: int, k: int, config=None) -> Case:
     )
 
 
-def int4_case(m: int, n: int, k: int, group: int, op: str = "int4_mixed_gemm", config=None) -> Case:
+def int4_case(m: int, n: int, k: int, group: int, config=None) -> Case:
     """A product of bf16 activations and symmetric INT4 weights, random data."""
     keys = jax.random.split(jax.random.key(m + n + k), 3)
     x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
@@ -234,6 +235,15 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
             for group in (128, 32)
             for m in tokens
         ]
+    for op in ("fp8_block_grouped_gemm", "fp8_rowwise_grouped_gemm"):
+        if op in ops:
+            makers += [
+                lambda op=op, masked=masked, sizes=sizes: Case(
+                    **grouped.grouped_case(op, *sizes, masked=masked)
+                )
+                for masked, shapes in ((True, grouped.MASKED), (False, grouped.CONTIGUOUS))
+                for sizes in shapes
+            ]
     if "paged_attention" in ops:
         makers += [lambda b=b, context=context: decode_case(b, context) for b, context in DECODE]
     for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
@@ -247,6 +257,8 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
 
 
 OPS = (
+    "fp8_block_grouped_gemm",
+    "fp8_rowwise_grouped_gemm",
     "fp8_block_gemm",
     "fp8_rowwise_gemm",
     "int4_gemm",
