@@ -179,7 +179,7 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
         float32 [64, 8], by blocks as in `token_pages`; or if tokens have their own, [64, storage.tokens / 2]:
         rows 8h .. 8h+7 and columns 8c .. 8c+7 have the tokens of block 2c + h.
     """
-    heads, n = scales.shape[1], storage.tokens
+    (pool, heads), n = scales.shape[:2], storage.tokens
     per_token = len(scales.shape) == 3
     columns = n // 2 if per_token else 8
 
@@ -193,6 +193,8 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
         found, values = {}, []
         for block in range(n // 8):
             number = vector.extract(pages.registers.flat[block // 2], [], [block % 2])
+            # The table of a sequence without tokens may hold anything.
+            number = arith.maxsi(arith.minsi(number, reg.i32(pool - 1)), reg.i32(0))
             shared = block if per_token else 8 * block // min(page_size, n)
             if shared not in found:
                 at = arith.muli(arith.extsi(i64, number), utils.c(heads, i64))
@@ -213,6 +215,7 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
 
     def reference(scales, pages, head, tile):
         number = pages.reshape(reg.WARPS, 2, 8, 8)[:, :, 0, :2].reshape(reg.WARPS, 4)
+        number = jnp.clip(number, 0, pool - 1)
         if not per_token:
             return _by_block(scales[number, head])
         token = tile * storage.tile + jnp.arange(storage.tile).reshape(reg.WARPS, n // 8, 8)

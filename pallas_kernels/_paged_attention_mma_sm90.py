@@ -217,7 +217,8 @@ class _ValueScales:
 
     def of_chunk(self, chunk: int) -> ir.Value:
         """The two scales in float16."""
-        selected = _select(*self.rows.words(chunk // 2), self.selectors[chunk % 2])
+        first, second = self.rows.words(chunk // 2)
+        selected = _select(first, second, self.selectors[chunk % 2])
         return arith.andi(_widen_pair(selected), self.mask)
 
 

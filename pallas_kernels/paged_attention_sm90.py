@@ -18,6 +18,7 @@ each returns its normalized part and the logarithm of its sum, which a second ke
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -366,7 +367,7 @@ def _kernel(
     *outputs,
     plan: _Plan,
     ring,
-    block_scales=None,
+    block_scales: Any = None,
     tops,
     sums,
     keys_full,
@@ -543,7 +544,8 @@ def _kernel(
         scale_pages(1),
         scales(0, scale_pages(0)),
     )
-    total, top, largest, out, *_ = lax.fori_loop(0, count, attend, carry)
+    total, top, largest, out, *unused = lax.fori_loop(0, count, attend, carry)
+    del unused
     if plan.warpgroups == 2:
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
@@ -562,6 +564,7 @@ def _kernel(
 
     all_tops = others(tops)
     common = functools.reduce(jnp.maximum, all_tops)
+    sink = None
     if plan.splits == 1 and plan.sinks:
         sink = loads.row_values(
             sinks_gmem, head * plan.group, block, repeat=-plan.group, count=plan.rows
@@ -569,7 +572,7 @@ def _kernel(
         sink = sink * to_log2
         common = jnp.maximum(common, sink)
     whole = sum(s * jnp.exp2(t - common) for s, t in zip(others(sums), all_tops, strict=True))
-    if plan.splits == 1 and plan.sinks:
+    if sink is not None:
         whole = whole + jnp.exp2(sink - common)
     whole = jnp.maximum(whole, float(jnp.finfo(jnp.float32).tiny))
     weight = jnp.exp2(top - common) / whole

@@ -76,9 +76,11 @@ def paged_attention(
     """
     reason = unsupported_reason(query, key_pages, value_pages)
     if choose("paged_attention", implementation, reason) == "pallas_mosaic_gpu":
+        assert value_pages is not None
         return paged_attention_sm90.paged_decode_attention(
             query,
-            *(p.qvalue if isinstance(p, QArray) else p for p in (key_pages, value_pages)),
+            _stored(key_pages),
+            _stored(value_pages),
             page_table,
             positions + 1,
             key_scale=_scale(key_pages),
@@ -110,7 +112,7 @@ def unsupported_reason(
         return f"keys and values must have the same shape; found {found}"
     pools = (key_pages, value_pages)
     formats = [p.format if isinstance(p, QArray) else None for p in pools]
-    dtypes = [p.dtype.name if f is None else f.element for p, f in zip(pools, formats, strict=True)]
+    dtypes = [p.format.element if isinstance(p, QArray) else p.dtype.name for p in pools]
     if formats[0] != formats[1] or dtypes[0] != dtypes[1]:
         return f"keys and values must be stored alike; found {' and '.join(dtypes)}"
     if f := formats[0]:
@@ -133,14 +135,17 @@ def unsupported_reason(
     )
 
 
+def _stored(pages: Array | QArray) -> Array:
+    return pages.qvalue if isinstance(pages, QArray) else pages
+
+
 def _scale(pages: Array | QArray) -> Array | None:
     """float32 scales of pages [P, K] or of their tokens [P, K, page_size]."""
     if not isinstance(pages, QArray):
         return None
     if pages.global_scale is not None:
-        return pages.global_scale[..., 0, 0]
-    scale = pages.scale[..., 0]
-    return scale[..., 0] if pages.format.block_shape[0] == WHOLE else scale
+        return jnp.squeeze(pages.global_scale, (2, 3))
+    return jnp.squeeze(pages.scale, (2, 3) if pages.format.block_shape[0] == WHOLE else 3)
 
 
 def _block_scale(pages: Array | QArray) -> Array | None:

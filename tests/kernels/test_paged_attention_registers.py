@@ -90,6 +90,8 @@ class Emulator:
                 return [x[0] ^ x[1]]
             case "minsi":
                 return [np.minimum(x[0], x[1])]
+            case "maxsi":
+                return [np.maximum(x[0], x[1])]
             case "cmpi":
                 return [{2: np.less, 5: np.greater_equal}[attributes["predicate"].value](*x)]
             case "select":
@@ -141,7 +143,7 @@ class Emulator:
             return [wide[:, 0], wide[:, 1]] if "$1, high" in text else wide[:, 0]
         if text.startswith("prmt"):
             data = np.stack([x[0], x[0] if len(x) == 1 else x[1]], axis=1).view(np.uint8)
-            selector = np.full(128, 0x3120) if len(x) == 1 else x[2]
+            selector = x[2] if len(x) == 3 else np.full(128, int(text.split()[-1].strip(";"), 16))
             chosen = [data[THREADS, selector >> (4 * i) & 7] for i in range(4)]
             return np.stack(chosen, axis=1).view(np.int32)[:, 0]
         if text.startswith("mul.rn.f16x2"):
@@ -360,6 +362,7 @@ def test_queries_and_merged_parts(emulated, storage):
 def test_scales(emulated, dtype, page_size):
     rng, storage = np.random.default_rng(page_size), Storage(dtype, 128)
     table = rng.permutation(80).astype(np.int32).reshape(2, 40)
+    table[1, 3] = -7
     options = dict(storage=storage, page_size=page_size)
     for shape in ((80, 3), (80, 3, page_size)):
         scales = rng.uniform(0.1, 1, shape).astype(np.float32)
