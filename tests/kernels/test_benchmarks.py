@@ -1,25 +1,16 @@
 """The benchmark scripts, as far as a CPU can tell: cases, their checks, records, tables and the plot."""
 
-import importlib.util
 from pathlib import Path
 
+import bench_kernels as bench
 import jax
 import pytest
+import render_benchmarks as render
 
 from qjax import testing
 
 ROOT = Path(__file__).parents[2]
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load("bench_kernels")
-render = load("render_benchmarks")
 
 PEERS = ROOT / "benchmarks" / "peers.jsonl"
 STAMP = {"date": "2026-11-23", "commit": "abc", "gpu": "NVIDIA H200"}
@@ -81,7 +72,7 @@ def test_peers_are_found_by_op_format_and_shape():
 
 def test_every_case_has_a_maker():
     makers = bench.cases(bench.OPS, (1, 16))
-    assert len(makers) == 2 * (6 + 9 + 2 * 2 * 5 + 3 + 3) + 12
+    assert len(makers) == 2 * (6 + 9 + 2 * 6 + 3 + 3) + 2 * (8 + 5) + 12
 
 
 def test_an_int4_products_record(on_cpu):

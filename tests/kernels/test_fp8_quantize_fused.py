@@ -49,7 +49,9 @@ def silu_mul(gate, up):
 def reference(y, element, scaling, **bounds):
     """Codes, and scales as the kernels lay them out, of the quantizer."""
     if scaling == "static":
-        codes = quantize(y, qformat(f"{element}_tensor"), grid=Grid(jnp.full((1, 1), SCALE, jnp.float32))).qvalue
+        codes = quantize(
+            y, qformat(f"{element}_tensor"), grid=Grid(jnp.full((1, 1), SCALE, jnp.float32))
+        ).qvalue
         return np.asarray(codes), np.float32([SCALE])
     name = f"{element}_{'1x128' if scaling == '1x128' else 'channel'}"
     q = quantize(y, name, grid=compute_grid(y, qformat(name), **bounds))
@@ -181,7 +183,9 @@ def test_bad_arguments_are_named():
     weight = jnp.ones(256, jnp.bfloat16)
     with pytest.raises(ValueError, match=r"K must be a multiple of 128 .* found M=2, K=192"):
         fp8_quantize_silu_mul(x[:, :192], x[:, :192])
-    with pytest.raises(ValueError, match=r"up must be bfloat16\[2, 256\]; found bfloat16\[1, 256\]"):
+    with pytest.raises(
+        ValueError, match=r"up must be bfloat16\[2, 256\]; found bfloat16\[1, 256\]"
+    ):
         fp8_quantize_silu_mul(x, x[:1])
     with pytest.raises(ValueError, match=r"weight must be bfloat16\[256\]; found float32\[256\]"):
         fp8_quantize_rms_norm(x, weight.astype(jnp.float32), eps=EPS)
@@ -189,7 +193,7 @@ def test_bad_arguments_are_named():
         fp8_quantize_rms_norm(x, weight, eps=EPS, scaling="static")
     with pytest.raises(ValueError, match=r"scale must be float32 \[1\]"):
         fp8_quantize_rms_norm(x, weight, eps=EPS, scaling="static", scale=jnp.ones(2))
-    with pytest.raises(ValueError, match="scaling must be one of .* found 'per_row'"):
+    with pytest.raises(ValueError, match=r"scaling must be one of .* found 'per_row'"):
         fp8_quantize_silu_mul(x, x, scaling="per_row")
     with pytest.raises(ValueError, match="codes must be one of"):
         fp8_quantize_silu_mul(x, x, dtype="int8")

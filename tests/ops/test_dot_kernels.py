@@ -188,7 +188,11 @@ def test_specs_of_the_parts():
 @pytest.mark.parametrize("word", ["FP8_BLOCK", "FP8_DYNAMIC"])
 def test_experts(word):
     spec = SCHEMES[word]
-    x, w, bias = normal(11, K, seed=1), quantize(normal(3, N, K), spec.weights), normal(3, N, seed=2)
+    x, w, bias = (
+        normal(11, K, seed=1),
+        quantize(normal(3, N, K), spec.weights),
+        normal(3, N, seed=2),
+    )
     sizes, g = jnp.array([4, 0, 6], jnp.int32), normal(11, N, seed=3).astype(jnp.float32)
     args = dict(activation_format=spec.activations)
     expected = qjax.ragged_dot(x, w, sizes, bias=bias, **args, out_dtype=jnp.float32)
@@ -210,5 +214,5 @@ def test_experts(word):
 
 def test_experts_without_a_kernel_are_told():
     x, w = normal(4, K), quantize(normal(2, N, K), "mxfp4")
-    with simulate_gpu(), pytest.raises(ValueError, match="ragged_dot: .*float4_e2m1fn"):
+    with simulate_gpu(), pytest.raises(ValueError, match=r"ragged_dot: .*float4_e2m1fn"):
         qjax.ragged_dot(x, w, jnp.array([2, 2]), implementation="pallas_mosaic_gpu")

@@ -1,10 +1,10 @@
 """What scripts/finetune_qat.py is made of: data, packing, masks, batches, forward pass, losses, rates."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
+import _training_data as data
+import _training_step as steps
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +15,6 @@ from qat_tiny_model import CONFIG, write_model
 from qjax import Sharding, make_mesh
 from qjax.checkpoint import load
 from qjax.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-data = importlib.import_module("_training_data")
-steps = importlib.import_module("_training_step")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """scripts/finetune_qat.py: curves on any mesh, killed and resumed, through recipes and adapters, exported."""
 
 import argparse
-import importlib
 import json
 import os
 import shutil
@@ -11,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import _training_step as steps
+import finetune_qat as script
 import jax
 import numpy as np
 import pytest
@@ -23,9 +24,6 @@ from qjax.recipe import Recipe
 from qjax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-steps = importlib.import_module("_training_step")
-script = importlib.import_module("finetune_qat")
 
 SHORT = ("--seq-len", 32, "--batch", 8, "--eval-windows", 4, "--lr", 3e-3, "--dtype", "float32")
 TIMES = {"seconds", "tokens_per_second", "compiled"}
