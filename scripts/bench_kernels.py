@@ -144,19 +144,19 @@ def int4_case(m: int, n: int, k: int, group: int, config=None) -> Case:
     )
 
 
-def decode_case(batch: int, context: int) -> Case:
-    """Decode attention of Llama-3.1-8B's shape over a full FP8 cache of shuffled pages, random data."""
+def decode_case(batch: int, context: int, *, fp8: bool) -> Case:
+    """Decode attention of Llama-3.1-8B's shape over a full cache of shuffled pages, FP8 or bf16, random data."""
     q_heads, kv_heads, dim, page = 32, 8, 128, 64
     keys = jax.random.split(jax.random.key(batch + context), 4)
     pages = batch * context // page
     query = jax.random.normal(keys[0], (batch, q_heads, dim), jnp.bfloat16)
-    shape = (pages, kv_heads, page, dim)
-    pools = [
-        jax.random.normal(key, shape, jnp.bfloat16).astype(jnp.float8_e4m3fn) for key in keys[1:3]
-    ]
+    shape, dtype = (pages, kv_heads, page, dim), jnp.dtype("float8_e4m3fn" if fp8 else "bfloat16")
+    pools = [jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key in keys[1:3]]
     table = jax.random.permutation(keys[3], pages).reshape(batch, -1).astype(jnp.int32)
     lengths = jnp.full((batch,), context, jnp.int32)
-    ones = jnp.ones((kv_heads,), jnp.float32)
+    scales = {}
+    if fp8:
+        scales = dict.fromkeys(("key_scale", "value_scale"), jnp.ones((kv_heads,), jnp.float32))
 
     def error(out):
         def one(q, row):  # sequence by sequence: the float32 cache of all would not fit
@@ -172,7 +172,7 @@ def decode_case(batch: int, context: int) -> Case:
 
     return Case(
         op="paged_attention",
-        format="fp8_e4m3_tensor",
+        format="fp8_e4m3_tensor" if fp8 else "bf16",
         shape={
             "batch": batch,
             "context": context,
@@ -180,11 +180,11 @@ def decode_case(batch: int, context: int) -> Case:
             "kv_heads": kv_heads,
             "head_dim": dim,
         },
-        fn=jax.jit(lambda *args: paged_decode_attention(*args, key_scale=ones, value_scale=ones)),
+        fn=jax.jit(lambda *args: paged_decode_attention(*args, **scales)),
         args=(query, *pools, table, lengths),
         error=error,
         flops=4.0 * batch * q_heads * context * dim,
-        nbytes=2.0 * batch * context * kv_heads * dim + 4.0 * query.size,
+        nbytes=2.0 * batch * context * kv_heads * dim * dtype.itemsize + 4.0 * query.size,
         unit="bf16",
     )
 
@@ -245,7 +245,11 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
                 for sizes in shapes
             ]
     if "paged_attention" in ops:
-        makers += [lambda b=b, context=context: decode_case(b, context) for b, context in DECODE]
+        makers += [
+            lambda b=b, context=context, fp8=fp8: decode_case(b, context, fp8=fp8)
+            for fp8 in (True, False)
+            for b, context in DECODE
+        ]
     for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
         if op in ops:
             makers += [

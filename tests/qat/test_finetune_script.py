@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import _training_model as training_model
 import _training_step as steps
 import finetune_qat as script
 import jax
@@ -265,7 +266,7 @@ def test_training_through_two_bits_beats_rounding_to_them(control, two_bits, tmp
 
 def int2_recipe() -> Recipe:
     args = argparse.Namespace(recipe="int2_1x32", ignore=["lm_head"])
-    return importlib.import_module("_training_model").chosen_recipe(args, 2)
+    return training_model.chosen_recipe(args, 2)
 
 
 def test_the_exported_folder_is_the_model_that_was_evaluated(two_bits):
