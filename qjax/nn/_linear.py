@@ -1,6 +1,7 @@
 """Linear layers and embeddings over plain or quantized weights, column or row parallel on a mesh."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from qjax.nn._params import (
     abstract_param,
     abstract_weight,
 )
-from qjax.ops import dot, straight_through, take_rows
+from qjax.ops import dot, fp8_dot, straight_through, take_rows
 from qjax.qarray import QArray
 from qjax.quantization import quantize_activation, refine_blocks
 from qjax.sharding import array_specs, sharded_format
@@ -66,9 +67,8 @@ class Linear(nnx.Module):
         self.sharding = context.sharding
         self.implementation = context.implementation
         self.lora: Adapter | None = nnx.data(None)  # a trained update: `qjax.qat.add_lora`
-        self.fake_quant: FakeQuantizer | None = nnx.data(
-            None
-        )  # while it trains: `qjax.qat.prepare`
+        self.fake_quant: FakeQuantizer | None = nnx.data(None)  # set by `qjax.qat.prepare`
+        self.fp8_gradients: str | None = None  # set by `qjax.qat.fp8_training`
 
     def weight_value(self) -> Array | QArray:
         """The weight [N, K] that the product uses: fake quantized while the layer is trained for that."""
@@ -94,6 +94,7 @@ class Linear(nnx.Module):
             in_axis=self.in_axis,
             out_axis=self.out_axis,
             implementation=self.implementation,
+            fp8_gradients=self.fp8_gradients,
         )
         # A fake quantized weight has the update in it.
         return y if self.lora is None or self.fake_quant is not None else y + self.lora(x)
@@ -111,11 +112,18 @@ def sharded_dot(
     out_axis,
     out_dtype=None,
     implementation=None,
+    fp8_gradients: str | None = None,
 ) -> Array:
-    """`qjax.ops.dot` on each device's part of the weight; arguments as there, axes as in `Linear`."""
+    """`qjax.ops.dot` on each device's part of the weight; arguments as there, axes as in `Linear`.
+
+    With `fp8_gradients` the product is `qjax.ops.fp8_dot`'s, that its gradients' element.
+    """
     out_dtype = x.dtype if out_dtype is None else out_dtype
+    product = dot
+    if fp8_gradients is not None:
+        product = functools.partial(_trained_dot, gradient_element=fp8_gradients)
     if sharding.mesh is None:
-        return dot(
+        return product(
             x,
             w,
             bias=bias,
@@ -142,7 +150,7 @@ def sharded_dot(
     rows = sharding.axis("batch", x.shape[0])
 
     def local(x, w, bias):
-        y = dot(x, w, out_dtype=out_dtype, implementation=implementation)
+        y = product(x, w, out_dtype=out_dtype, implementation=implementation)
         if in_axis is not None:
             y = jax.lax.psum(y, in_axis)
         return y if bias is None else (y + bias[None].astype(y.dtype))
@@ -159,6 +167,13 @@ def sharded_dot(
         check_vma=False,
     )(x, w, bias)
     return y.reshape(*lead, w.shape[0])
+
+
+def _trained_dot(x, w, *, bias=None, gradient_element, out_dtype, implementation, **_) -> Array:
+    y = fp8_dot(
+        x, w, gradient_element=gradient_element, out_dtype=out_dtype, implementation=implementation
+    )
+    return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class Embedding(nnx.Module):
@@ -178,9 +193,7 @@ class Embedding(nnx.Module):
         self.dtype = context.dtype
         self.sharding = context.sharding
         self.implementation = context.implementation
-        self.fake_quant: FakeQuantizer | None = nnx.data(
-            None
-        )  # while it trains: `qjax.qat.prepare`
+        self.fake_quant: FakeQuantizer | None = nnx.data(None)  # set by `qjax.qat.prepare`
 
     def weight_value(self) -> Array | QArray:
         """The table [V, D], fake quantized while it is trained for that."""

@@ -98,9 +98,7 @@ class ExpertLinear(nnx.Module):
         self.in_axis, self.out_axis, self.expert_axis = in_axis, out_axis, expert_axis
         self.sharding = context.sharding
         self.implementation = context.implementation
-        self.fake_quant: FakeQuantizer | None = nnx.data(
-            None
-        )  # while it trains: `qjax.qat.prepare`
+        self.fake_quant: FakeQuantizer | None = nnx.data(None)  # set by `qjax.qat.prepare`
 
     def weight_value(self) -> Array | QArray:
         """The weights [E, N, K], fake quantized while they are trained for that."""

@@ -10,6 +10,7 @@ from qjax.qat._fake_quantizer import (
     Step,
 )
 from qjax.qat._flax import Axes
+from qjax.qat._fp8_training import fp8_training
 from qjax.qat._linen import dot_general_cls, fake_quant_params, quantize_params
 from qjax.qat._lora import LoRA, add_lora, merge_lora
 from qjax.qat._prepare import convert, prepare, quantized_weights, set_step
@@ -28,6 +29,7 @@ __all__ = [
     "dot_general_cls",
     "fake_quant",
     "fake_quant_params",
+    "fp8_training",
     "merge_lora",
     "prepare",
     "quantize_params",
