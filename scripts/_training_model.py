@@ -72,6 +72,9 @@ def prepared(args: argparse.Namespace, model: CausalLM, dtype: str) -> Training:
             start_step=args.start_step,
             ramp_steps=args.ramp_steps,
         )
+    if args.fp8_training:
+        element = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}[args.fp8_training]
+        qat.fp8_training(model, gradient_element=element, ignore=args.ignore)
     model.model.embed_tokens.dtype = dtype
     trainable: type[nnx.Variable] = nnx.Param
     if args.lora_rank:

@@ -83,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     loop("--ramp-steps", type=int, default=0, help="over which it sets in (%(default)s)")
     loop("--learn-scale", action="store_true", help="train the weights' scales as well (LSQ)")
     loop("--clip-grid", action="store_true", help="no gradient for weights beyond the grid")
+    loop("--fp8-training", choices=("e4m3", "e5m2"), help="products in FP8, gradients so")
     loop("--lora-rank", type=int, default=0, help="train adapters of this rank only")
     loop("--lora-alpha", type=float, help="their factor is alpha / rank (default: 2 * rank)")
     loop("--distill", type=float, default=0.0, help="weight of the KL from the unquantized model")
@@ -119,6 +120,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--recipe stored keeps packed weights, which can't be trained: --lora-rank N"
         )
+    if args.fp8_training and (args.recipe != "none" or args.lora_rank):
+        raise ValueError("--fp8-training multiplies plain weights: --recipe none, no --lora-rank")
     if args.export is not None and args.export.exists():
         raise ValueError(f"--export {args.export} exists; choose another folder")
 

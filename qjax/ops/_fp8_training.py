@@ -6,6 +6,7 @@ columns of what a product sums over, weights with one for each 128x128 block, fl
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def fp8_dot(
             f"fp8_dot: gradient_element must be one of {GRADIENT_ELEMENTS}; found {gradient_element!r}"
         )
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype).name
-    y = _product((gradient_element, out, implementation), x.reshape(-1, x.shape[-1]), w)
+    y: Any = _product((gradient_element, out, implementation), x.reshape(-1, x.shape[-1]), w)
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 

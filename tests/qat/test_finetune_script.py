@@ -102,6 +102,13 @@ def test_how_it_is_computed_does_not_change_the_curve(control, tmp_path, options
     np.testing.assert_allclose(perplexities(found), perplexities(rows), rtol=10 * tolerance)
 
 
+def test_products_in_fp8_learn_alike(control, tmp_path):
+    rows, common = control
+    found = run(tmp_path / "run", *common, "--fp8-training", "e5m2", "--eval-every", 6)
+    np.testing.assert_allclose(losses(found), losses(rows), rtol=0.1)
+    assert losses(found) != losses(rows)
+
+
 def test_experts_on_eight_devices(text, tmp_path):
     folder = write_model(tmp_path / "moe", MOE_CONFIG)
     options = (*SHORT, "--model", folder, "--data", text, "--recipe", "W4A16_G32", "--steps", 4)
