@@ -249,11 +249,13 @@ def _quantize_rows(op, inputs, scaling, scale, dtype, bounds, eps=0.0) -> tuple[
     results = plgpu.kernel(
         body,
         out_type=tuple(out.values()),
-        grid=(block_rows if scaling == "1x128" else padded_rows(m), plan.parts),
-        grid_names=("row", "part"),
+        # Rows last: only CUDA's x axis may be longer than 65535.
+        grid=(plan.parts, block_rows if scaling == "1x128" else padded_rows(m)),
+        grid_names=("part", "row"),
         num_threads=1,
         thread_name="wg",
         kernel_name=op,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*in_blocks.values())
     results = dict(zip(out, results, strict=True))
     codes = results["codes"].reshape(padded_rows(m), k)
@@ -272,17 +274,16 @@ def _rows_kernel(*refs, names, plan, scaling, dtype, bounds, eps):
 
     def quantize(chunks):
         at = [pl.ds(*chunk) for chunk in chunks]
-        values = (
-            _normalized(gmem, row, at, eps) if "weight" in gmem else _gated(gmem, row, at)
-        )
+        values = _normalized(gmem, row, at, eps) if "weight" in gmem else _gated(gmem, row, at)
         values = [y.astype(jnp.float32) for y in values]
+        row_scale = None  # of "1x128" scaling, whose chunks have their own
         if scaling == "static":
             row_scale = scales[0]
         elif scaling == "per_token":
             row_scale = scale_of(_reduce(jnp.maximum, jnp.max, map(tools.finite_magnitude, values)))
             scales[row] = row_scale
         for piece, y in zip(at, values, strict=True):
-            if scaling == "1x128":
+            if row_scale is None:
                 scale = scale_of(jnp.max(tools.finite_magnitude(y), axis=1))
                 scales.at[piece, row][...] = scale
                 scale = lax.broadcast_in_dim(scale, y.shape, [0])
