@@ -23,6 +23,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qjax.pallas_kernels._grouped_tiles_sm90 import store_rows, tile_table
 from qjax.pallas_kernels._wgmma_sm90 import fp8_product, load_columns
 
 BLOCK_K = 128
@@ -157,38 +158,6 @@ def grouped_gemm(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(*operands.values())
     return out.reshape(*lead, n)
-
-
-def tile_table(group_sizes: Array, lead: tuple[int, ...], tokens: int) -> Array:
-    """int32 [most tiles, 4]: each tile's group, first row and number of rows, and the number of tiles.
-
-    Rows of the contiguous layout past the last group are group E, which the kernel fills with zeros.
-    """
-    groups = group_sizes.shape[0]
-    order = jnp.arange(groups)
-    if len(lead) == 2:
-        sizes = jnp.clip(group_sizes, 0, lead[1])
-        starts = order * lead[1]
-        most = groups * pl.cdiv(lead[1], tokens)
-    else:
-        # Sums over [E, E] fuse into one small kernel; a cumulative sum would be several.
-        before = order[:, None] >= order[None, :]
-        ends = jnp.sum(jnp.where(before, jnp.maximum(group_sizes, 0)[None, :], 0), axis=1)
-        ends = jnp.minimum(ends, lead[0])
-        starts = jnp.append(jnp.int32(0), ends)
-        sizes = jnp.append(ends, jnp.int32(lead[0])) - starts
-        groups += 1
-        most = (lead[0] + min(groups, lead[0]) * (tokens - 1)) // tokens
-    order = jnp.arange(groups)
-    counts = (sizes + tokens - 1) // tokens
-    ends = jnp.sum(jnp.where(order[:, None] >= order[None, :], counts[None, :], 0), axis=1)
-    tile = jnp.arange(most)
-    group = jnp.sum((tile[:, None] >= ends[None, :]).astype(jnp.int32), axis=1)
-    group = jnp.minimum(group, groups - 1)
-    offset = (tile - (ends - counts)[group]) * tokens
-    rows = jnp.minimum(sizes[group] - offset, tokens)
-    total = jnp.broadcast_to(ends[-1], (most,))
-    return jnp.stack([group, starts[group] + offset, rows, total], axis=1).astype(jnp.int32)
 
 
 def _scratch(config: GroupedTileConfig, x_dtype, w_dtype, out_dtype, scaling: Scaling) -> dict:
@@ -440,7 +409,7 @@ def _store(sums, tile: _Tile, gmem, out_gmem, out_smem, wg, config: GroupedTileC
         else:
             buffer[...] = values
         plgpu.commit_smem()
-        _store_rows(buffer, out_gmem, token, weight, rows)
+        store_rows(buffer, out_gmem, token, weight, rows)
 
     for j, total in enumerate(sums):
         row = _left_row(j, wg, config)
@@ -455,26 +424,3 @@ def _store(sums, tile: _Tile, gmem, out_gmem, out_smem, wg, config: GroupedTileC
             weight = tile.weight + 64 * c
             values = finish(total[:, 64 * c : 64 * (c + 1)], token, weight)
             stage((j * pieces + c) % 2, in_flight, values, token, weight, tile.rows - row)
-
-
-def _store_rows(smem, out_gmem, token, weight, rows):
-    """Stores the first `rows` rows (any number) of `smem`; TMA cuts columns past the output's last."""
-    whole, columns = smem.shape[0], pl.ds(weight, 64)
-
-    @pl.when(rows >= whole)
-    def _():
-        plgpu.copy_smem_to_gmem(smem, out_gmem.at[pl.ds(token, whole), columns])
-
-    @pl.when(rows < whole)
-    def _():
-        left, offset = lax.max(rows, 0), 0
-        size = 1 << (whole - 1).bit_length() - 1
-        while size:
-
-            def copy(size=size, offset=offset):
-                target = out_gmem.at[pl.ds(token + offset, size), columns]
-                plgpu.copy_smem_to_gmem(smem.at[pl.ds(offset, size)], target)
-
-            pl.when(left & size != 0)(copy)
-            offset += left & size
-            size //= 2

@@ -82,6 +82,28 @@ def mixed_product(left: Array, right, *, first: int, recycle: Array | None = Non
     return _inline(product, arg_types, (left, right), recycle, right.shape[0])
 
 
+def mixed_accumulate(total: Array, left: Array, right) -> Array:
+    """total + left @ right.T in float32, the left operand in registers; total's registers hold the sum.
+
+    Args:
+        total: [64, N] in ``Layout.WGMMA``.
+        left: [64, 64], bfloat16 or float16, in ``Layout.WGMMA``.
+        right: Shared memory [N, 64] of the same dtype, swizzled by 128 bytes without tiling.
+
+    Returns:
+        [64, N] in ``Layout.WGMMA``.
+    """
+    types = [_PTX_TYPES[jnp.dtype(left.dtype).name]] * 2
+
+    def product(ctx, left, right, total):
+        del ctx
+        return _emit(left, right, (total,), types=types, swizzle=128, first=0, accumulate=True)
+
+    product.interpret_impl = lambda left, right, total: total + _reference(left, right)  # pyright: ignore[reportFunctionMemberAccess]
+    arg_types = (plgpu.Layout.WGMMA, plgpu.RefType((plgpu.SwizzleTransform(128),)))
+    return _inline(product, arg_types, (left, right), total, right.shape[0])
+
+
 def load_columns(ref) -> Array:
     """A vector for the columns of a sum, from any address.
 
@@ -127,7 +149,9 @@ def _inline(product, arg_types, args, recycle: Array | None, columns: int) -> Ar
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=out)(product)(*args)
 
 
-def _emit(left, right, recycle, *, types, swizzle: int, first: int) -> fa.FragmentedArray:
+def _emit(
+    left, right, recycle, *, types, swizzle: int, first: int, accumulate: bool = False
+) -> fa.FragmentedArray:
     """The instructions of one product: fence, K/k of them, commit, wait."""
     itemsize = 2 if types[0] in ("bf16", "f16") else 1
     columns = _shape(right)[0]
@@ -151,7 +175,10 @@ def _emit(left, right, recycle, *, types, swizzle: int, first: int) -> fa.Fragme
     sums = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     ptx = ["{", ".reg .pred add; .reg .b64 l, r;", "wgmma.fence.sync.aligned;"]
     # False either way, but ptxas must not see it where registers are recycled: it would untie them.
-    ptx.append(f"setp.eq.b64 add, ${right_operand}, 0;" if recycled else "setp.ne.b32 add, 0, 0;")
+    if accumulate:
+        ptx.append("setp.ne.b32 add, 1, 0;")
+    else:
+        ptx.append(f"setp.eq.b64 add, ${right_operand}, 0;" if recycled else "setp.ne.b32 add, 0, 0;")
     for i in range(depth * itemsize // _K_BYTES):
         if in_registers:
             a = "{" + ",".join(f"${operand + 4 * i + j}" for j in range(4)) + "}"
@@ -166,7 +193,7 @@ def _emit(left, right, recycle, *, types, swizzle: int, first: int) -> fa.Fragme
             f"wgmma.mma_async.sync.aligned.m64n{columns}k{_K_BYTES // itemsize}.f32.{types[0]}.{types[1]} "
             f"{sums}, {a}, r, add, {flags};"
         )
-        if i == 0:
+        if i == 0 and not accumulate:
             ptx.append("setp.ne.b32 add, 1, 0;")
     ptx += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
     constraints = ["=f"] * count + [str(i) for i in range(len(recycled))]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qjax import testing
-from qjax.pallas_kernels._fp8_grouped_gemm_sm90 import MAX_SMEM, tile_table
+from qjax.pallas_kernels._fp8_grouped_gemm_sm90 import MAX_SMEM
+from qjax.pallas_kernels._grouped_tiles_sm90 import tile_table
 from qjax.pallas_kernels.fp8_grouped_gemm_sm90 import (
     GroupedTileConfig,
     choose_tiles,
