@@ -25,7 +25,7 @@ def bias_of(dtype: DTypeLike) -> float:
 
 
 def dequantize(
-    words: Array, dtype: DTypeLike, offset: Array | None, *, first: int, width: int
+    words: Array, dtype: DTypeLike, offset: Array | None, *, first: int, width: int, zero: int = 0
 ) -> Array:
     """Differences q - zero_point as 16-bit floats.
 
@@ -33,9 +33,10 @@ def dequantize(
         words: int32 [blocks, 2, 256] from `repack`, in ``Layout.WG_STRIDED`` with 4 words a thread.
         dtype: bfloat16 or float16.
         offset: zero_point plus 136 (bfloat16) or 1032, [64] in ``Layout.WGMMA.reduce(1)`` and `dtype`; None
-            for zero points of 0.
+            where all are `zero`.
         first: First column wanted, a multiple of 16.
         width: Columns wanted, a multiple of 16.
+        zero: The zero point of all weights, where `offset` is None.
 
     Returns:
         [64, width] in ``Layout.WGMMA``.
@@ -44,7 +45,7 @@ def dequantize(
 
     def emit(ctx, words, *offset):
         del ctx
-        return _emit_dequantize(words, offset, first, shape, dtype)
+        return _emit_dequantize(words, offset, first, shape, dtype, zero)
 
     def reference(words, *offset):
         w = lax.bitcast_convert_type(words.reshape(-1, 4, 8, 4, 4), jnp.uint32)
@@ -56,7 +57,7 @@ def dequantize(
             *w.shape[:5], 2, 2, 2
         )  # block, warp, row, pair, 16 columns, half, 8 columns, e
         w = w.transpose(1, 5, 2, 0, 4, 6, 3, 7).reshape(BLOCK, -1)[:, first : first + width]
-        subtrahend = offset[0][:, None].astype(jnp.float32) if offset else bias_of(dtype)
+        subtrahend = offset[0][:, None].astype(jnp.float32) if offset else bias_of(dtype) + zero
         return (w.astype(jnp.float32) + (bias_of(dtype) - 8) - subtrahend).astype(dtype)
 
     emit.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
@@ -70,7 +71,7 @@ def dequantize(
     )(emit)(words, *offsets)
 
 
-def _emit_dequantize(words, offset, first: int, shape, dtype) -> fa.FragmentedArray:
+def _emit_dequantize(words, offset, first: int, shape, dtype, zero: int) -> fa.FragmentedArray:
     bits, _ = _BIAS[dtype.name]
     subtract = "sub.rn.bf16x2" if dtype == jnp.bfloat16 else "sub.f16x2"
     i32 = ir.IntegerType.get_signless(32)
@@ -82,7 +83,7 @@ def _emit_dequantize(words, offset, first: int, shape, dtype) -> fa.FragmentedAr
         lines.append(f"lop3.b32 t{i}, t{i}, 0x000F000F, {bits * 0x10001:#x}, 0xEA;")  # (a & b) | c
         lines.append(f"{subtract} ${i}, t{i}, ${5 + i % 2};")
     ptx = "\n".join([*lines, "}"])
-    symmetric = int(np.asarray(bias_of(dtype), dtype).view(np.uint16)) * 0x10001
+    symmetric = int(np.asarray(bias_of(dtype) + zero, dtype).view(np.uint16)) * 0x10001
     offsets = [llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, symmetric)).result] * 2
     if offset:
         halves = [offset[0].registers[0, 0, half, 0, 0] for half in (0, 1)]

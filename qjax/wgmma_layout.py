@@ -1,9 +1,17 @@
-"""The "wgmma" storage of 4-bit weights: the order in which Hopper's wgmma wants its left operand in registers.
+"""The "wgmma" storage of weights: the order in which Hopper's wgmma wants its left operand in registers.
 
-A block of 64 rows by 64 columns is 2 KiB of contiguous memory in which each thread of a warpgroup finds its 32
-codes in 16 bytes: bit ``16e + 8p + 4h`` of word ``4 * thread + j`` starts the code of row ``16w + 8h + r``, column
-``16j + 8p + 2q + e``, where ``thread = 32w + 4r + q`` (PTX ISA, wgmma's fragment of a 64x16 matrix of 16-bit
-elements). Scales of 64 rows lie together for each group of columns.
+A block of 64 rows by 64 columns is contiguous memory in which each thread of a warpgroup finds its 32 codes in
+chunks of up to 16 bytes. Thread ``32w + 4r + q`` holds the codes of rows ``16w + 8h + r`` and columns
+``16j + 8p + 2q + e`` (PTX ISA, wgmma's fragment of a 64x16 matrix of 16-bit elements):
+
+    width  words of a block  word of (thread, j, h)                              first bit
+    2      256               2 * thread + j // 2                                 16e + 8 * (j % 2) + 4p + 2h
+    4      512               4 * thread + j                                      16e + 8p + 4h
+    8      1024              512 * (j // 2) + 4 * thread + 2 * (j % 2) + h       16e + 8p
+
+Codes of 2 and 4 bits are those of "packed" storage; 3-bit codes are stored 4 bits wide. 8-bit codes are the bytes of
+"plain" storage (two's complement or FP8), and integers of 5 to 7 bits are stored like that too. Scales of 64
+rows lie together for each group of columns.
 """
 
 import jax.numpy as jnp
@@ -13,38 +21,72 @@ BLOCK = 64
 """Rows and columns of a block."""
 
 WORDS = 512
-"""32-bit words of a block."""
+"""32-bit words of a block of 4-bit codes."""
 
 
-def codes_shape(n: int, k: int) -> tuple[int, int, int, int]:
-    """Shape of the words of codes [n, k], both multiples of 64."""
-    return (n // BLOCK, k // BLOCK, 2, WORDS // 2)
+def width_of(bits: int) -> int:
+    """Bits that a code of `bits` takes."""
+    return 2 if bits == 2 else 4 if bits <= 4 else 8
 
 
-def to_words(codes: Array) -> Array:
-    """int32 [..., N/64, K/64, 2, 256] of codes uint8 [..., N, K/2], the even column in the low nibble."""
-    *lead, n, half = codes.shape
-    b = codes.reshape(-1, n // BLOCK, 4, 2, 8, half * 2 // BLOCK, 4, 2, 4)
-    # Axes: row block, column block, warp, row, pair of columns, 16 columns, 8 columns, row half.
-    b = b.transpose(0, 1, 5, 2, 4, 8, 6, 7, 3)
-    top, bottom = b[..., 0], b[..., 1]
-    even = (top & jnp.uint8(15)) | (bottom << jnp.uint8(4))
-    odd = (top >> jnp.uint8(4)) | (bottom & jnp.uint8(0xF0))
-    shape = codes_shape(n, half * 2)
-    quads = jnp.stack([even, odd], axis=-2)  # a word's bytes e, p, the lowest first
-    return lax.bitcast_convert_type(quads.reshape(*lead, *shape, 4), jnp.int32)
+def codes_shape(n: int, k: int, width: int = 4) -> tuple[int, int, int, int]:
+    """Shape of the words of codes [n, k], both multiples of 64, of 2, 4 or 8 bits."""
+    return (n // BLOCK, k // BLOCK, width // 2, WORDS // 2)
 
 
-def from_words(words: Array) -> Array:
+def to_words(codes: Array, width: int = 4) -> Array:
+    """int32 [..., N/64, K/64, width/2, 256] of codes, N and K multiples of 64.
+
+    Args:
+        codes: uint8 [..., N, K * width / 8], the first column in the lowest bits.
+        width: 2, 4 or 8 bits.
+    """
+    *lead, n, nbytes = codes.shape
+    k = nbytes * 8 // width
+    shape = (*lead, *codes_shape(n, k, width))
+    if width == 4:
+        b = codes.reshape(-1, n // BLOCK, 4, 2, 8, k // BLOCK, 4, 2, 4)
+        # Axes: row block, column block, warp, row, pair of columns, 16 columns, 8 columns, row half.
+        b = b.transpose(0, 1, 5, 2, 4, 8, 6, 7, 3)
+        top, bottom = b[..., 0], b[..., 1]
+        even = (top & jnp.uint8(15)) | (bottom << jnp.uint8(4))
+        odd = (top >> jnp.uint8(4)) | (bottom & jnp.uint8(0xF0))
+        quads = jnp.stack([even, odd], axis=-2)  # a word's bytes e, p, the lowest first
+    elif width == 8:
+        b = codes.reshape(-1, n // BLOCK, 4, 2, 8, k // BLOCK, 2, 2, 2, 4, 2)
+        # Axes: row block, column block, 32 columns, warp, row, pair, 16 columns, row half, e, 8 columns.
+        quads = b.transpose(0, 1, 5, 6, 2, 4, 9, 7, 3, 10, 8)
+    else:
+        fields = [(codes >> jnp.uint8(2 * i)) & jnp.uint8(3) for i in range(4)]
+        b = jnp.stack(fields, axis=-1).reshape(-1, n // BLOCK, 4, 2, 8, k // BLOCK, 2, 2, 2, 4, 2)
+        # Axes: as with 8 bits, but the fields of a byte (8 columns, row half) last.
+        b = b.transpose(0, 1, 5, 2, 4, 9, 6, 10, 7, 8, 3).reshape(*b.shape[:1], -1, 4)
+        quads = b[..., 0]
+        for i in (1, 2, 3):
+            quads = quads | (b[..., i] << jnp.uint8(2 * i))
+    return lax.bitcast_convert_type(quads.reshape(*shape, 4), jnp.int32)
+
+
+def from_words(words: Array, width: int = 4) -> Array:
     """The inverse of `to_words`."""
     *lead, row_blocks, column_blocks, _, _ = words.shape
     quads = lax.bitcast_convert_type(words, jnp.uint8)
-    quads = quads.reshape(-1, row_blocks, column_blocks, 4, 8, 4, 4, 2, 2)
-    even, odd = quads[..., 0, :], quads[..., 1, :]
-    top = (even & jnp.uint8(15)) | (odd << jnp.uint8(4))
-    bottom = (even >> jnp.uint8(4)) | (odd & jnp.uint8(0xF0))
-    b = jnp.stack([top, bottom], axis=-1).transpose(0, 1, 3, 8, 4, 2, 6, 7, 5)
-    return b.reshape(*lead, row_blocks * BLOCK, column_blocks * BLOCK // 2)
+    if width == 4:
+        quads = quads.reshape(-1, row_blocks, column_blocks, 4, 8, 4, 4, 2, 2)
+        even, odd = quads[..., 0, :], quads[..., 1, :]
+        top = (even & jnp.uint8(15)) | (odd << jnp.uint8(4))
+        bottom = (even >> jnp.uint8(4)) | (odd & jnp.uint8(0xF0))
+        b = jnp.stack([top, bottom], axis=-1).transpose(0, 1, 3, 8, 4, 2, 6, 7, 5)
+    elif width == 8:
+        b = quads.reshape(-1, row_blocks, column_blocks, 2, 4, 8, 4, 2, 2, 2, 2)
+        b = b.transpose(0, 1, 4, 8, 5, 2, 3, 7, 10, 6, 9)
+    else:
+        fields = [(quads >> jnp.uint8(2 * i)) & jnp.uint8(3) for i in range(4)]
+        b = jnp.stack(fields, axis=-1)
+        b = b.reshape(-1, row_blocks, column_blocks, 4, 8, 4, 2, 2, 2, 2, 2)
+        b = b.transpose(0, 1, 3, 10, 4, 2, 6, 8, 9, 5, 7).reshape(*b.shape[:1], -1, 4)
+        b = b[..., 0] | (b[..., 1] << 2) | (b[..., 2] << 4) | (b[..., 3] << 6)
+    return b.reshape(*lead, row_blocks * BLOCK, column_blocks * BLOCK * width // 8)
 
 
 def to_row_blocks(values: Array) -> Array:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qjax import testing
-from qjax.pallas_kernels import _fp8_gemm_sm90, int4_gemm_sm90
+from qjax.pallas_kernels import _fp8_gemm_sm90, mixed_gemm_sm90
 from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
 from qjax.pallas_kernels.fp8_quantize_sm90 import (
     fp8_quantize_1x128,
@@ -30,7 +30,7 @@ from qjax.pallas_kernels.fp8_quantize_sm90 import (
     padded_rows,
 )
 from qjax.pallas_kernels.fp8_rowwise_gemm_sm90 import fp8_rowwise_gemm
-from qjax.pallas_kernels.int4_gemm_sm90 import int4_gemm, repack
+from qjax.pallas_kernels.mixed_gemm_sm90 import mixed_gemm, repack
 from qjax.pallas_kernels.paged_attention_sm90 import paged_decode_attention
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def int4_case(m: int, n: int, k: int, group: int, config=None) -> Case:
         op="int4_gemm",
         format=f"int4_1x{group}",
         shape={"m": m, "n": n, "k": k},
-        fn=jax.jit(lambda *args: int4_gemm(*args, n=n, group_size=group, config=config)),
+        fn=jax.jit(lambda *args: mixed_gemm(*args, n=n, group_size=group, config=config)),
         args=(x, packed, by_rows),
         error=error,
         flops=2.0 * m * n * k,
@@ -322,7 +322,7 @@ def tilings(op: str, m: int, n: int, k: int) -> list[tuple[float, Callable[[], C
     """(modelled microseconds, maker of the case, tiling) of each candidate, the chosen one first."""
     num_sms, partial = jax.devices()[0].core_count, functools.partial
     if op == "int4_gemm":
-        int4 = int4_gemm_sm90
+        int4 = mixed_gemm_sm90
         rows = [
             (int4.modelled_us(c, m, n, k, num_sms=num_sms), partial(int4_case, m, n, k, 128, c), c)
             for c in int4.candidate_tiles(m, k, scale_bytes=2 / 128)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from qjax.formats import WHOLE, ActivationFormat, QFormat
 from qjax.ops._dispatch import choose, device_reason, num_sms
-from qjax.pallas_kernels import fp8_quantize_sm90, int4_gemm_sm90
+from qjax.pallas_kernels import fp8_quantize_sm90, mixed_gemm_sm90
 from qjax.pallas_kernels import fp8_rowwise_gemm_sm90 as fp8_gemm
 from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
 from qjax.qarray import QArray, decode_scale, to_wgmma
@@ -65,7 +65,7 @@ def _int4_kernel(m, n, k, x, w: QArray, act, out_dtype) -> tuple[Kernel | None, 
         return None, f"no kernel for {describe(w.format)} weights with {describe(act)} inputs"
     if jnp.dtype(out_dtype) != x.dtype:
         return None, f"the kernel's output has x's dtype {x.dtype}; found {jnp.dtype(out_dtype)}"
-    reason = int4_gemm_sm90.unsupported_reason(
+    reason = mixed_gemm_sm90.unsupported_reason(
         m,
         n,
         k,
@@ -137,7 +137,7 @@ _differentiable.defvjp(_forward, _backward)
 
 def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
     if static.kernel == "int4":
-        return int4_gemm_sm90.int4_gemm(
+        return mixed_gemm_sm90.mixed_gemm(
             x,
             w.qvalue,
             w.scale,
@@ -216,7 +216,7 @@ def prepackable(w: QArray) -> bool:
         and f.element == "int4"
         and f.offset != "minimum"
         and not f.global_scale
-        and f.scale_dtype in int4_gemm_sm90.SCALE_DTYPES
+        and f.scale_dtype in mixed_gemm_sm90.SCALE_DTYPES
         and block_n == 1
         and groups
         and n % 64 == 0

@@ -1,0 +1,343 @@
+"""The kernel of the mixed-input product; `mixed_gemm_sm90` draws it and says what its operands are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from qjax.pallas_kernels._mixed_gemm_registers_sm90 import (
+    ELEMENTS,
+    UNITS,
+    dequantize,
+    words_layout,
+)
+from qjax.pallas_kernels._mixed_gemm_tiles_sm90 import MIN_SUMS, TileConfig
+from qjax.pallas_kernels._wgmma_sm90 import mixed_product
+from qjax.wgmma_layout import BLOCK
+
+
+def launch(
+    operands, sizes, element: str, group_size: int, zero: int, config: TileConfig, num_sms: int
+):
+    """The product [M, N].
+
+    Args:
+        operands: {"x": [M', K], "codes": words, "scale": [N/64, groups, 64]}, and where there are such
+            "zero_point" and "minimum" (like scale), "sums" (float32 [groups, tokens], the columns of each group
+            of x added; tokens a multiple of 32 and of the tile's) with "minimum", and "bias" [N/64, 64].
+        sizes: M, N, K.
+        element: The codes' element.
+        group_size: Columns that share a scale, K or at most 128.
+        zero: The zero point of all weights, without "zero_point".
+        config: The tiling.
+        num_sms: SMs to run on.
+    """
+    m, n, k = sizes
+    bits, unit = ELEMENTS[element], UNITS[ELEMENTS[element]]
+    words = operands["codes"].shape
+    # A unit is what a thread loads at once.
+    shape = (words[0], words[1] * BLOCK // unit, bits * unit // 128, 256)
+    operands = operands | {"codes": operands["codes"].reshape(shape)}
+    x = operands["x"]
+    row_tiles, column_tiles = pl.cdiv(n, config.rows), pl.cdiv(m, config.columns)
+    warpgroups = config.blocks * config.parts
+    clusters = max(min(num_sms // config.splits, row_tiles * column_tiles), 1)
+    grouped = group_size != k
+    out_type = [jax.ShapeDtypeStruct((m, n), x.dtype)]
+    scratch = dict(
+        codes_smem=plgpu.SMEM(
+            (config.stages, config.blocks, config.step // unit, *shape[2:]), jnp.int32
+        ),
+        x_smem=plgpu.SMEM(
+            (config.stages, config.parts, config.columns, config.depth),
+            x.dtype,
+            transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+        ),
+        out_smem=plgpu.SMEM(
+            (config.blocks, config.columns, BLOCK),
+            x.dtype,
+            transforms=(plgpu.SwizzleTransform(128),),
+        ),
+        empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=config.stages),
+    )
+    streams = ["x", "codes"]
+    for name in ("scale", "zero_point", "minimum", "sums"):
+        if grouped and name in operands:
+            streams.append(name)
+            shape = (config.stages, config.blocks, config.step // group_size, BLOCK)
+            if name == "sums":
+                tokens = max(config.columns, MIN_SUMS)
+                shape = (config.stages, config.step // group_size, tokens)
+            scratch[name + "_smem"] = plgpu.SMEM(shape, operands[name].dtype)
+    arrivals = len(streams) - 1 + config.parts
+    scratch["full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
+    if config.parts > 1:
+        width = plgpu.find_swizzle(min(config.columns, 32) * 32)
+        scratch["sum_smem"] = plgpu.SMEM(
+            (config.parts - 1, config.blocks, BLOCK, config.columns),
+            jnp.float32,
+            transforms=(plgpu.TilingTransform((8, width // 4)), plgpu.SwizzleTransform(width)),
+        )
+        scratch["added"] = plgpu.Barrier(num_arrivals=config.parts - 1, num_barriers=config.blocks)
+        scratch["taken"] = plgpu.Barrier(num_barriers=config.blocks)
+    if config.splits > 1:
+        # Two buffers: a part is overwritten after the barrier that follows its addition.
+        shape = (clusters, 2, config.splits, config.blocks, BLOCK, config.columns)
+        out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        scratch["summed"] = plgpu.ClusterBarrier(
+            collective_axes=("split",), num_barriers=config.blocks
+        )
+    body = functools.partial(
+        _kernel,
+        streams=tuple(streams),
+        config=config,
+        element=element,
+        group_size=group_size,
+        zero=zero,
+        counts=(row_tiles, column_tiles, pl.cdiv(k, config.step), clusters),
+    )
+
+    def kernel(*refs, **scratch):
+        inputs = dict(zip(operands, refs, strict=False))
+        outputs = refs[len(operands) :]
+        body(inputs, outputs, scratch)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(clusters,),
+        grid_names=("cluster",),
+        cluster=(config.splits,),
+        cluster_names=("split",),
+        num_threads=warpgroups + 1,
+        thread_name="wg",
+        kernel_name="mixed_gemm",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(*operands.values())[0]
+
+
+def _kernel(gmem, outputs, smem, *, streams, config: TileConfig, element, group_size, zero, counts):
+    row_tiles, column_tiles, steps, clusters = counts
+    full, empty, x_smem = smem["full"], smem["empty"], smem["x_smem"]
+    wg, cluster, split = (lax.axis_index(name) for name in ("wg", "cluster", "split"))
+    my_tiles = (row_tiles * column_tiles - cluster + clusters - 1) // clusters
+    begin, end = split * steps // config.splits, (split + 1) * steps // config.splits
+    step_groups = config.step // group_size if "scale" in streams else 1
+    unit = UNITS[ELEMENTS[element]]
+    warpgroups = config.blocks * config.parts
+
+    def tile(i):
+        """First block of rows and first token of this cluster's i-th tile."""
+        row, column = plgpu.planar_snake(cluster + i * clusters, (row_tiles, column_tiles), 0, 8)
+        return row * config.blocks, column * config.columns
+
+    @pl.when(wg == warpgroups)
+    def producer():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def load_tile(i, count):
+            row, column = tile(i)
+            rows = pl.ds(row, config.blocks)
+
+            def load_step(step, count):
+                slot = lax.rem(count, config.stages)
+
+                @pl.when(count >= config.stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+                    plgpu.commit_smem()  # orders the math warpgroups' reads before the next TMA writes
+
+                for part in range(config.parts):
+                    first = step * config.step + part * config.depth
+                    plgpu.copy_gmem_to_smem(
+                        gmem["x"].at[pl.ds(column, config.columns), pl.ds(first, config.depth)],
+                        x_smem.at[slot, part],
+                        full.at[slot],
+                    )
+                for name in streams[1:]:
+                    count_of = config.step // unit if name == "codes" else step_groups
+                    steps_part = pl.ds(step * count_of, count_of)
+                    if name == "sums":
+                        tokens = pl.ds(column, smem["sums_smem"].shape[-1])
+                        source = gmem[name].at[steps_part, tokens]
+                    else:
+                        source = gmem[name].at[rows, steps_part]
+                    plgpu.copy_gmem_to_smem(
+                        source,
+                        smem[name + "_smem"].at[slot],
+                        full.at[slot],
+                    )
+                return count + 1
+
+            return lax.fori_loop(begin, end, load_step, count)
+
+        count = lax.fori_loop(0, my_tiles, load_tile, 0)
+
+        @pl.loop(lax.max(count - config.stages, 0), count)
+        def _(i):
+            plgpu.barrier_wait(empty.at[lax.rem(i, config.stages)])
+
+    @pl.when(wg < warpgroups)
+    def math():
+        plgpu.set_max_registers(104 if warpgroups == 4 else 232, action="increase")
+        grouped = "scale" in streams
+        width = group_size if grouped else 128
+        part_groups = config.depth // width
+        mine, k_part = lax.div(wg, config.parts), lax.rem(wg, config.parts)
+        shape = (BLOCK, config.columns)
+        row_layout = plgpu.Layout.WGMMA.reduce(1)
+        spread = functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
+
+        def row_values(ref):
+            return plgpu.load(ref, layout=row_layout, optimized=False).astype(jnp.float32)
+
+        def minimums(minimum_ref, sums_ref):
+            """What the minimums of a group add: their outer product with the sums of x."""
+            sums = plgpu.load(sums_ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            sums = lax.broadcast_in_dim(sums, shape, [1])
+            return spread(row_values(minimum_ref)) * sums
+
+        def multiply_tile(i, count):
+            row, column = tile(i)
+            # A warpgroup past the last row computes rows that TMA does not store.
+            block = lax.min(row + mine, gmem["codes"].shape[0] - 1)
+            row_zero = None
+            if "zero_point" in gmem and not grouped:
+                row_zero = row_values(gmem["zero_point"].at[block, 0])
+
+            def multiply_step(step, carry):
+                count, total = carry
+                slot = lax.rem(count, config.stages)
+                plgpu.barrier_wait(full.at[slot])
+                part = None
+                for g in range(part_groups):
+                    first = g * width
+                    group = k_part * part_groups + g
+                    zero_point = row_zero
+                    if "zero_point" in streams:
+                        zero_point = row_values(smem["zero_point_smem"].at[slot, mine, group])
+                    begin, end = first // unit, -(-(first + width) // unit)
+                    units = pl.ds(k_part * (config.depth // unit) + begin, end - begin)
+                    codes = smem["codes_smem"].at[slot, mine, units]
+                    weights = dequantize(
+                        plgpu.load(codes, layout=words_layout(codes.shape)),
+                        element,
+                        x_smem.dtype,
+                        zero_point,
+                        first=first % unit,
+                        width=width,
+                        zero=zero,
+                    )
+                    tokens = x_smem.at[slot, k_part]
+                    part = mixed_product(weights, tokens, first=first, recycle=part)
+                    if first + width == config.depth and not grouped:
+                        plgpu.barrier_arrive(empty.at[slot])
+                    scaled = part
+                    if grouped:
+                        scaled = part * spread(row_values(smem["scale_smem"].at[slot, mine, group]))
+                        if "minimum" in streams:
+                            scaled = scaled + minimums(
+                                smem["minimum_smem"].at[slot, mine, group],
+                                smem["sums_smem"].at[slot, group, pl.ds(0, config.columns)],
+                            )
+                        if first + width == config.depth:
+                            plgpu.barrier_arrive(empty.at[slot])
+                    total = lax.optimization_barrier(total + scaled)
+                return count + 1, total
+
+            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+            count, total = lax.fori_loop(begin, end, multiply_step, (count, zeros))
+
+            def store(total):
+                if not grouped:
+                    total = total * spread(row_values(gmem["scale"].at[block, 0]))
+                    if "minimum" in gmem:
+                        tokens = gmem["sums"].at[0, pl.ds(column, config.columns)]
+                        total = total + minimums(gmem["minimum"].at[block, 0], tokens)
+                if "bias" in gmem:
+                    total = total + spread(row_values(gmem["bias"].at[block]))
+                _store(total, smem["out_smem"].at[mine], outputs[0], column, (row + mine) * BLOCK)
+
+            def add_splits(total):
+                if config.splits == 1:
+                    store(total)
+                    return
+                sums = outputs[1].at[cluster, lax.rem(i, 2)]
+                sums.at[split, mine][...] = total
+                _fence()
+                plgpu.barrier_arrive(smem["summed"].at[mine])
+                plgpu.barrier_wait(smem["summed"].at[mine])
+
+                @pl.when(lax.rem(mine + i, config.splits) == split)
+                def _():
+                    _fence()
+                    values = [
+                        plgpu.load(sums.at[s, mine], layout=plgpu.Layout.WGMMA, optimized=False)
+                        for s in range(config.splits)
+                    ]
+                    store(functools.reduce(jnp.add, values))
+
+            if config.parts == 1:
+                add_splits(total)
+                return count
+
+            @pl.when(k_part > 0)
+            def _():
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_wait(smem["taken"].at[mine])
+
+                smem["sum_smem"].at[k_part - 1, mine][...] = total
+                plgpu.barrier_arrive(smem["added"].at[mine])
+
+            @pl.when(k_part == 0)
+            def _():
+                plgpu.barrier_wait(smem["added"].at[mine])
+                values = [
+                    plgpu.load(smem["sum_smem"].at[p, mine], layout=plgpu.Layout.WGMMA)
+                    for p in range(config.parts - 1)
+                ]
+                plgpu.barrier_arrive(smem["taken"].at[mine])
+                add_splits(functools.reduce(jnp.add, values, total))
+
+            return count
+
+        lax.fori_loop(0, my_tiles, multiply_tile, 0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if config.parts > 1:
+
+            @pl.when(k_part > 0)
+            def _():
+                plgpu.barrier_wait(smem["taken"].at[mine])
+
+
+def _store(total, out_smem, out_gmem, column, row) -> None:
+    values = plgpu.layout_cast(total.astype(out_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_smem.T[...] = values
+    plgpu.commit_smem()
+    columns = out_smem.shape[0]
+    plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[pl.ds(column, columns), pl.ds(row, BLOCK)])
+
+
+def _fence() -> None:
+    """Orders a warpgroup's accesses to device memory before and after it meets others of its cluster.
+
+    A single thread of the warpgroup arrives on a cluster's barrier, so all of them must be done before.
+    """
+
+    def emit(ctx):
+        del ctx
+        fence = "fence.acq_rel.cluster;"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], fence, "", has_side_effects=True)
+        utils.warpgroup_barrier()
+
+    emit.interpret_impl = lambda: ()  # pyright: ignore[reportFunctionMemberAccess]
+    plgpu.inline_mgpu()(emit)()

@@ -1,0 +1,125 @@
+"""How the mixed-input product is cut into tiles, and which cut the model of its time prefers."""
+
+import dataclasses
+import itertools
+
+from jax.experimental import pallas as pl
+
+from qjax.wgmma_layout import BLOCK
+
+MAX_SMEM = 227 * 1024
+MAX_SCALE_BYTES = 6 / 32  # a float32 scale and a zero point for each 32 weights
+COLUMNS = (8, 16, 32, 64, 128)
+MIN_SUMS = 32  # TMA writes at multiples of 128 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How the product is cut.
+
+    Attributes:
+        columns: Tokens of a CTA's tile, one of `COLUMNS`.
+        blocks: Blocks of 64 weight rows of a CTA's tile (1, 2 or 4).
+        parts: Math warpgroups for each block, each with a part of a stage's columns; blocks * parts <= 4.
+        depth: Columns of K in a stage for each part, 128 or 256.
+        stages: Pipeline stages.
+        splits: CTAs of a cluster (1, 2 or 4), each with a part of K.
+    """
+
+    columns: int
+    blocks: int
+    parts: int
+    depth: int
+    stages: int
+    splits: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of a CTA's tile."""
+        return BLOCK * self.blocks
+
+    @property
+    def step(self) -> int:
+        """Columns of K in a pipeline stage."""
+        return self.depth * self.parts
+
+    def smem_bytes(self, scale_bytes: float, *, bits: int = 4, sums: float = 0) -> float:
+        """Shared memory for the stages and the epilogue.
+
+        Args:
+            scale_bytes: Bytes of scales and offsets for each weight.
+            bits: Bits of a code.
+            sums: Sums of each token's columns for each column: 1 / group_size with minimums, otherwise 0.
+        """
+        tokens = 2 * self.columns + 4 * sums * max(self.columns, MIN_SUMS)
+        stage = self.step * (self.rows * (bits / 8 + scale_bytes) + tokens)
+        epilogue = self.rows * self.columns * (2 + 4 * (self.parts - 1))
+        return self.stages * stage + epilogue + 8 * 1024
+
+
+def choose_tiles(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    num_sms: int,
+    scale_bytes: float = MAX_SCALE_BYTES,
+    bits: int = 4,
+    sums: float = 0,
+) -> TileConfig:
+    """The tiling with the least modelled time; see `modelled_us` and, for the arguments, `candidate_tiles`."""
+    candidates = candidate_tiles(m, k, scale_bytes=scale_bytes, bits=bits, sums=sums)
+    return min(candidates, key=lambda c: modelled_us(c, m, n, k, num_sms=num_sms, bits=bits))
+
+
+def candidate_tiles(
+    m: int, k: int, *, scale_bytes: float = MAX_SCALE_BYTES, bits: int = 4, sums: float = 0
+) -> list[TileConfig]:
+    """The tilings worth considering, each with as many stages as fit, 10 at most.
+
+    Args:
+        m: Tokens.
+        k: Columns.
+        scale_bytes: As `TileConfig.smem_bytes` takes it.
+        bits: Likewise.
+        sums: Likewise.
+    """
+    size = dict(scale_bytes=scale_bytes, bits=bits, sums=sums)
+    columns = next((c for c in COLUMNS if c >= m), COLUMNS[-1])
+    shapes = [(1, 4), (2, 2), (4, 1)] if columns <= 64 else [(2, 1)]
+    candidates = []
+    for (blocks, parts), depth, splits in itertools.product(shapes, (128, 256), (1, 2, 4)):
+        if depth == 256 and (parts > 1 or columns > 32):
+            continue  # registers are full
+        config = TileConfig(columns, blocks, parts, depth, 2, splits)
+        while config.stages < 10:
+            deeper = dataclasses.replace(config, stages=config.stages + 1)
+            if deeper.smem_bytes(**size) > MAX_SMEM:
+                break
+            config = deeper
+        enough = splits == 1 or (k >= splits * config.step and m <= 256)
+        if enough and config.smem_bytes(**size) <= MAX_SMEM:
+            candidates.append(config)
+    return candidates
+
+
+def modelled_us(
+    config: TileConfig, m: int, n: int, k: int, *, num_sms: int, bits: int = 4
+) -> float:
+    """Microseconds by counting rounds of steps; constants fitted to an H200's times within 10%.
+
+    The integer instructions of dequantization set the pace of codes of up to 4 bits, bytes that of 8.
+    """
+    tiles = pl.cdiv(n, config.rows) * pl.cdiv(m, config.columns)
+    # Not every group of four SMs is free of others' borders.
+    clusters = max(num_sms // config.splits * (3 if config.splits == 4 else 4) // 4, 1)
+    rounds = pl.cdiv(tiles, clusters)
+    steps = pl.cdiv(pl.cdiv(k, config.step), config.splits)
+    step_us = 1.1e-5 * config.rows * config.step * (1 + 0.02 * config.columns) + 0.12
+    if bits == 8:
+        step_us = max(1.5 * step_us, config.rows * config.step / 3.2e4)
+    outputs = config.rows / BLOCK * config.columns
+    epilogue_us = 0.012 * (config.parts - 1) * outputs
+    if config.splits > 1:
+        epilogue_us += 0.8 + 0.0046 * config.splits * outputs
+    return 3.1 + rounds * (steps * step_us + epilogue_us)
