@@ -574,7 +574,8 @@ def _kernel(
     whole = sum(s * jnp.exp2(t - common) for s, t in zip(others(sums), all_tops, strict=True))
     if sink is not None:
         whole = whole + jnp.exp2(sink - common)
-    whole = jnp.maximum(whole, float(jnp.finfo(jnp.float32).tiny))
+    # The largest logit's own weight is one, so only rows that see nothing are below.
+    whole = jnp.maximum(whole, 1.0)
     weight = jnp.exp2(top - common) / whole
     weight = weight * ((v_scale_gmem[head] if static_scale else largest) * storage.unit)
     if plan.splits > 1:

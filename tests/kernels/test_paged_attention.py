@@ -180,7 +180,7 @@ CASES = {
         lengths=(150,), q_heads=4, kv_heads=1, page=128, dtype="nvfp4", scales="page", splits=2
     ),
     "nvfp4, 64 channels": Case(
-        lengths=(150,), q_heads=4, kv_heads=1, dim=64, page=32, dtype="nvfp4", splits=1
+        lengths=(150, 0), q_heads=4, kv_heads=1, dim=64, page=32, dtype="nvfp4", splits=1
     ),
     "256 channels": Case(lengths=(70,), q_heads=3, kv_heads=1, dim=256, splits=1),
 }
