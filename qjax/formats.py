@@ -65,7 +65,8 @@ ELEMENTS: Mapping[str, Element] = MappingProxyType(
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn")
 
 
-_WGMMA_BLOCKS = ((1, 32), (1, 64), (1, 128), (1, WHOLE))
+_WGMMA_GROUPS = (32, 64, 128, WHOLE)
+_WGMMA_SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,9 @@ class QFormat:
         scale_rule: "amax" maps a block's amax to the grid's end; "mx" floors its exponent as the
             Microscaling formats do, after rounding amax up from 1.75 * 2**e.
         storage: "plain" (one array item per element), "packed" (uint8: a little-endian bit stream
-            along K; integer codes biased by 2**(bits-1), float4 codes raw) or "wgmma" (int32: the 4-bit codes
-            of "packed" in the order of `wgmma_layout`, scales and zero points likewise; N and K multiples of 64).
+            along K; integer codes biased by 2**(bits-1), float4 codes raw) or "wgmma" (int32: codes in the
+            order of `wgmma_layout`, scales and offsets of every row likewise; N and K multiples of 64). The last
+            is no checkpoint's: codes of 3 bits take 4, those of 5 to 7 take 8.
 
     Raises:
         ValueError: If a field is out of its set or the fields contradict each other.
@@ -120,22 +122,23 @@ class QFormat:
             refuse("scale_rule must be 'amax' or 'mx'", self.scale_rule)
         if self.scale_rule == "mx" and self.scale_dtype != "float8_e8m0fnu":
             refuse("the 'mx' rule makes float8_e8m0fnu scales", self.scale_dtype)
-        if (self.storage == "plain") != (self.spec.bits == 8):
-            refuse(
-                "8-bit elements are stored 'plain', narrower ones 'packed' or 'wgmma'",
-                (self.element, self.storage),
-            )
         if self.storage not in ("plain", "packed", "wgmma"):
             refuse("storage must be 'plain', 'packed' or 'wgmma'", self.storage)
+        if self.storage not in (_unordered(self.spec), "wgmma"):
+            refuse(
+                "8-bit elements are stored 'plain', narrower ones 'packed', both also 'wgmma'",
+                (self.element, self.storage),
+            )
         if self.storage == "wgmma" and (
-            self.spec.bits != 4
-            or self.block_shape not in _WGMMA_BLOCKS
-            or self.offset == "minimum"
+            self.element == "float4_e2m1fn"
+            or self.block_shape[1] not in _WGMMA_GROUPS
+            or self.scale_dtype not in _WGMMA_SCALES
             or self.global_scale
         ):
             refuse(
-                f"'wgmma' stores 4-bit elements in blocks of {_WGMMA_BLOCKS} without minimum or global scale",
-                (self.element, self.block_shape, self.offset, self.global_scale),
+                f"'wgmma' stores integers and 8-bit floats in groups of {_WGMMA_GROUPS} columns with scales "
+                f"of {_WGMMA_SCALES}, without a global scale",
+                (self.element, self.block_shape, self.scale_dtype, self.global_scale),
             )
 
     @property
@@ -147,6 +150,16 @@ class QFormat:
     def bits(self) -> int:
         """Bits of one stored element."""
         return self.spec.bits
+
+    @property
+    def in_checkpoints(self) -> "QFormat":
+        """The same format in the storage of checkpoints, "plain" or "packed"."""
+        return dataclasses.replace(self, storage=_unordered(self.spec))
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that a code takes."""
+        return wgmma_layout.width_of(self.bits) if self.storage == "wgmma" else self.bits
 
     @property
     def storage_dtype(self) -> jnp.dtype:
@@ -161,6 +174,12 @@ class QFormat:
             return jnp.dtype("bfloat16")  # as the kernel subtracts it; integers up to 256 are exact
         return jnp.dtype("int16" if self.bits == 8 else "int8")
 
+    @property
+    def stored_scale_dtype(self) -> jnp.dtype:
+        """Dtype of `QArray.scale`: `scale_dtype`, but bfloat16 for float8_e8m0fnu in "wgmma" storage."""
+        e8m0 = self.storage == "wgmma" and self.scale_dtype == "float8_e8m0fnu"
+        return jnp.dtype("bfloat16" if e8m0 else self.scale_dtype)
+
     def block_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of a block in an array of this logical shape ([..., N, K])."""
         (bn, bk), (n, k) = self.block_shape, shape[-2:]
@@ -169,14 +188,14 @@ class QFormat:
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of an array of this logical shape: [..., ceil(N/bn), ceil(K/bk)].
 
-        Of "wgmma" storage: [..., N/64, ceil(K/bk), 64].
+        Of "wgmma" storage: [..., N/64, ceil(K/bk), 64], whatever bn is.
         """
         blocks = (
             -(-n // b) if n else 0 for n, b in zip(shape[-2:], self.block_size(shape), strict=True)
         )
         rows, groups = blocks
         if self.storage == "wgmma":
-            return (*shape[:-2], rows // wgmma_layout.BLOCK, groups, wgmma_layout.BLOCK)
+            return (*shape[:-2], shape[-2] // wgmma_layout.BLOCK, groups, wgmma_layout.BLOCK)
         return (*shape[:-2], rows, groups)
 
     @property
@@ -204,7 +223,7 @@ class QFormat:
                 raise ValueError(
                     f"'wgmma' storage: N must be a multiple of {wgmma_layout.BLOCK}; found {tuple(shape)}"
                 )
-            return (*shape[:-2], *wgmma_layout.codes_shape(*shape[-2:]))
+            return (*shape[:-2], *wgmma_layout.codes_shape(*shape[-2:], self.stored_bits))
         return (*shape[:-1], shape[-1] * self.bits // 8)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -218,11 +237,11 @@ class QFormat:
 
         scales = count(self.scale_shape(shape))
         size = count(self.storage_shape(shape)) * self.storage_dtype.itemsize
-        size += scales * jnp.dtype(self.scale_dtype).itemsize
+        size += scales * self.stored_scale_dtype.itemsize
         if self.offset == "zero_point":
             size += scales * self.zero_point_dtype.itemsize
         if self.offset == "minimum":
-            size += scales * jnp.dtype(self.scale_dtype).itemsize
+            size += scales * self.stored_scale_dtype.itemsize
         if self.global_scale:
             size += 4 * count(shape[:-2])
         return size
@@ -244,6 +263,10 @@ class ActivationFormat:
     static: bool = False
     amax_min: float = 0.0
     amax_max: float | None = None
+
+
+def _unordered(element: Element) -> Storage:
+    return "plain" if element.bits == 8 else "packed"
 
 
 def integer_format(

@@ -24,7 +24,7 @@ class QArray:
 
     Attributes:
         qvalue: Codes: [..., N, K] for "plain" storage, uint8 [..., N, K*bits/8] for "packed", int32
-            [..., N/64, K/64, 2, 256] for "wgmma".
+            [..., N/64, K/64, bits/2, 256] for "wgmma".
         scale: [..., ceil(N/bn), ceil(K/bk)], of either sign.
         zero_point: Integers of scale's shape, in units of the signed code q, or None.
         minimum: Values of scale's shape and dtype, or None.
@@ -121,9 +121,9 @@ class QArray:
         shape = self.shape
         scales = f.scale_shape(shape)
         expect("qvalue", self.qvalue, True, f.storage_shape(shape), f.storage_dtype)
-        expect("scale", self.scale, True, scales, f.scale_dtype)
+        expect("scale", self.scale, True, scales, f.stored_scale_dtype)
         expect("zero_point", self.zero_point, f.offset == "zero_point", scales, f.zero_point_dtype)
-        expect("minimum", self.minimum, f.offset == "minimum", scales, f.scale_dtype)
+        expect("minimum", self.minimum, f.offset == "minimum", scales, f.stored_scale_dtype)
         expect("global_scale", self.global_scale, f.global_scale, (*shape[:-2], 1, 1), jnp.float32)
         if self.column_perm is not None:
             expect("column_perm", self.column_perm, True, shape[-1:], jnp.int32)
@@ -155,7 +155,8 @@ def dequantize_stored(w: QArray) -> Array:
 def to_wgmma(w: QArray) -> QArray:
     """The same array in "wgmma" storage.
 
-    Groups of a multiple of 128 columns get the scale of each 128 columns; nothing is lost.
+    Every row gets the scale of its block, and groups of a multiple of 128 columns the scale of each 128 columns;
+    nothing is lost.
 
     Raises:
         ValueError: If the format or the shape does not allow it.
@@ -167,19 +168,30 @@ def to_wgmma(w: QArray) -> QArray:
     block_k = block_k // repeat
     format = dataclasses.replace(w.format, block_shape=(block_n, block_k), storage="wgmma")
     format.storage_shape(w.shape)
+    n = w.shape[-2]
     groups = 1 if block_k == WHOLE else -(-w.shape[-1] // block_k)
 
-    def by_rows(part: Array | None) -> Array | None:
+    def by_rows(part: Array | None, dtype) -> Array | None:
         if part is None:
             return None
-        return wgmma_layout.to_row_blocks(jnp.repeat(part, repeat, axis=-1)[..., :groups])
+        if part.dtype == jnp.float8_e8m0fnu:
+            part = _e8m0_to_bfloat16(part)
+        part = jnp.repeat(part, n if block_n == WHOLE else block_n, axis=-2)[..., :n, :]
+        part = jnp.repeat(part, repeat, axis=-1)[..., :groups]
+        return wgmma_layout.to_row_blocks(part.astype(dtype))
 
-    zero_point = by_rows(w.zero_point)
+    codes, bits = w.qvalue, w.format.bits
+    if bits not in (2, 4, 8):
+        codes = unpack(codes, w.format)
+        codes = pack_bits((codes + jnp.int8(8)).astype(jnp.uint8), 4) if bits == 3 else codes
+    if codes.dtype != jnp.uint8:
+        codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     return dataclasses.replace(
         w,
-        qvalue=wgmma_layout.to_words(w.qvalue),
-        scale=by_rows(w.scale),
-        zero_point=None if zero_point is None else zero_point.astype(format.zero_point_dtype),
+        qvalue=wgmma_layout.to_words(codes, format.stored_bits),
+        scale=by_rows(w.scale, format.stored_scale_dtype),
+        zero_point=by_rows(w.zero_point, format.zero_point_dtype),
+        minimum=by_rows(w.minimum, format.stored_scale_dtype),
         format=format,
     )
 
@@ -188,16 +200,49 @@ def to_packed(w: QArray) -> QArray:
     """The same array in the storage of checkpoints: the inverse of `to_wgmma`, others as they are."""
     if w.format.storage != "wgmma":
         return w
-    format = dataclasses.replace(w.format, storage="packed")
-    zero_point = w.zero_point
-    if zero_point is not None:
-        zero_point = wgmma_layout.from_row_blocks(zero_point).astype(format.zero_point_dtype)
+    format, bits = w.format.in_checkpoints, w.format.bits
+    block_n = format.block_size(w.shape)[0]
+
+    def by_blocks(part: Array | None, dtype) -> Array | None:
+        if part is None:
+            return None
+        part = wgmma_layout.from_row_blocks(part)[..., ::block_n, :]
+        if jnp.dtype(dtype) == jnp.float8_e8m0fnu:
+            return _bfloat16_to_e8m0(part)
+        return part.astype(dtype)
+
+    codes = wgmma_layout.from_words(w.qvalue, w.format.stored_bits)
+    if bits == 3:
+        codes = pack((unpack_bits(codes, 4).astype(jnp.int8) - jnp.int8(8)), format)
+    elif bits > 4:
+        dtype = format.storage_dtype if bits == 8 else jnp.int8
+        codes = jax.lax.bitcast_convert_type(codes, dtype)
+        codes = codes if bits == 8 else pack(codes, format)
     return dataclasses.replace(
         w,
-        qvalue=wgmma_layout.from_words(w.qvalue),
-        scale=wgmma_layout.from_row_blocks(w.scale),
-        zero_point=zero_point,
+        qvalue=codes,
+        scale=by_blocks(w.scale, format.scale_dtype),
+        zero_point=by_blocks(w.zero_point, format.zero_point_dtype),
+        minimum=by_blocks(w.minimum, format.scale_dtype),
         format=format,
+    )
+
+
+def _e8m0_to_bfloat16(scale: Array) -> Array:
+    """The same powers of two, bit by bit: a conversion may flush 2**-127, which is subnormal."""
+    code = jax.lax.bitcast_convert_type(scale, jnp.uint8).astype(jnp.uint16)
+    bits = jnp.where(code == 0, jnp.uint16(0x0040), code << jnp.uint16(7))
+    bits = jnp.where(code == 255, jnp.uint16(0x7FC0), bits)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+def _bfloat16_to_e8m0(scale: Array) -> Array:
+    """The inverse of `_e8m0_to_bfloat16`."""
+    bits = jax.lax.bitcast_convert_type(
+        scale, jnp.uint16
+    )  # the exponent of 2**-127 is 0, of NaN 255
+    return jax.lax.bitcast_convert_type(
+        (bits >> jnp.uint16(7)).astype(jnp.uint8), jnp.float8_e8m0fnu
     )
 
 

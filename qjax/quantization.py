@@ -55,8 +55,8 @@ def quantize(
     """
     format = qformat(format)
     if format.storage == "wgmma":
-        packed = dataclasses.replace(format, storage="packed")
-        return to_wgmma(quantize(x, packed, grid=grid, rounding=rounding, dtype=dtype))
+        stored = quantize(x, format.in_checkpoints, grid=grid, rounding=rounding, dtype=dtype)
+        return to_wgmma(stored)
     _check_input("quantize", x, format)
     if grid is None:
         _check_groups("quantize", x, format)

@@ -162,10 +162,10 @@ def part_specs(format: QFormat, spec: PartitionSpec) -> Mapping[str, PartitionSp
     *lead, n, k = spec
     bn, bk = format.block_shape
     # "wgmma" storage has blocks of rows and columns in their place, and axes within a block.
-    scale_within, within = ((None,), (None, None)) if format.storage == "wgmma" else ((), ())
-    scale = PartitionSpec(
-        *lead, None if bn == WHOLE else n, None if bk == WHOLE else k, *scale_within
-    )
+    ordered = format.storage == "wgmma"
+    scale_within, within = ((None,), (None, None)) if ordered else ((), ())
+    rows = n if ordered or bn != WHOLE else None  # ordered scales are those of all rows
+    scale = PartitionSpec(*lead, rows, None if bk == WHOLE else k, *scale_within)
     return {
         "qvalue": PartitionSpec(*lead, n, k, *within),
         "scale": scale,

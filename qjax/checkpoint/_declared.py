@@ -27,7 +27,7 @@ def declared_spec(layer: nnx.Module) -> QuantSpec | None:
         return QuantSpec(None, activations)
     declared = layer.spec.weights
     if value.format.storage == "wgmma":
-        if dataclasses.replace(value.format, storage="packed") == declared:
+        if value.format.in_checkpoints == declared:
             return QuantSpec(declared, activations)
         value = to_packed(value)
     if declared is not None and _refines(value.format, declared) and _mergeable(value, declared):

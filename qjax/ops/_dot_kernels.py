@@ -17,7 +17,7 @@ from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
 from qjax.qarray import QArray, decode_scale, to_wgmma
 from qjax.quantization import quantize_activation
 
-Kernel = Literal["fp8_block", "fp8_row", "int4"]
+Kernel = Literal["fp8_block", "fp8_row", "mixed"]
 
 _ROWS, _TENSOR = (1, WHOLE), (WHOLE, WHOLE)
 
@@ -34,7 +34,9 @@ def kernel_of(
     (m, k), n = x.shape, w.shape[0]
     act = x.format if isinstance(x, QArray) else activation_format and activation_format.format
     if w.format.storage == "wgmma":
-        return _int4_kernel(m, n, k, x, w, act, out_dtype)
+        return _mixed_kernel(m, n, k, x, w, act, out_dtype)
+    if act is None and prepackable(w):
+        return None, "the weight has a checkpoint's layout: qjax.prepack(w) once for the kernel"
     if w.format.element.startswith("float8"):
         kernel = fp8_pair(w.format, act)
         if kernel is None or act is None:
@@ -43,9 +45,7 @@ def kernel_of(
             m, n, k, x_dtype=act.element, w_dtype=w.format.element, out_dtype=out_dtype
         )
         return (None, reason) if reason else (kernel, "")
-    if w.format.bits == 4 and w.format.offset != "minimum" and not w.format.spec.is_float:
-        return None, "the weight has a checkpoint's layout: qjax.prepack(w) once for the kernel"
-    return None, f"no kernel for {describe(w.format)} weights"
+    return None, f"no kernel for {describe(w.format)} weights with {describe(act)} inputs"
 
 
 def fp8_pair(weights: QFormat, inputs: QFormat | None) -> Kernel | None:
@@ -60,8 +60,8 @@ def fp8_pair(weights: QFormat, inputs: QFormat | None) -> Kernel | None:
     return None
 
 
-def _int4_kernel(m, n, k, x, w: QArray, act, out_dtype) -> tuple[Kernel | None, str]:
-    if w.format.spec.is_float or act is not None:
+def _mixed_kernel(m, n, k, x, w: QArray, act, out_dtype) -> tuple[Kernel | None, str]:
+    if act is not None:
         return None, f"no kernel for {describe(w.format)} weights with {describe(act)} inputs"
     if jnp.dtype(out_dtype) != x.dtype:
         return None, f"the kernel's output has x's dtype {x.dtype}; found {jnp.dtype(out_dtype)}"
@@ -70,10 +70,16 @@ def _int4_kernel(m, n, k, x, w: QArray, act, out_dtype) -> tuple[Kernel | None, 
         n,
         k,
         group_size=w.format.block_size(w.shape)[1],
+        element=_stored_element(w.format),
         x_dtype=x.dtype,
         scale_dtype=w.scale.dtype,
     )
-    return (None, reason) if reason else ("int4", "")
+    return (None, reason) if reason else ("mixed", "")
+
+
+def _stored_element(format: QFormat) -> str:
+    """What the codes of "wgmma" storage are, whose width may be greater than the element's."""
+    return format.element if format.spec.is_float else f"int{format.stored_bits}"
 
 
 def describe(format: QFormat | None) -> str:
@@ -136,7 +142,8 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
-    if static.kernel == "int4":
+    if static.kernel == "mixed":
+        unsigned = w.format.offset == "minimum"  # its codes count from 0
         return mixed_gemm_sm90.mixed_gemm(
             x,
             w.qvalue,
@@ -144,6 +151,9 @@ def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
             w.zero_point,
             n=w.shape[0],
             group_size=w.format.block_size(w.shape)[1],
+            element=_stored_element(w.format),
+            minimum=w.minimum,
+            zero=-(2 ** (w.format.bits - 1)) if unsigned else 0,
             bias=bias,
             num_sms=num_sms(),
         )
@@ -198,10 +208,11 @@ def quantized_operand(x: Array | QArray, activation: ActivationFormat | None, sc
 
 
 def prepack(w: QArray) -> QArray:
-    """The weight in the layout of the kernels that take it, done once where a model is loaded.
+    """The weight in the layout of the kernel that multiplies it with 16-bit inputs, done once where a model is loaded.
 
-    Symmetric or zero-point INT4 groups get "wgmma" storage if N and K are multiples of 64; other arrays
-    are returned as they are. The values are the same.
+    Integers of 2 to 8 bits and FP8 in groups of 32, 64, a multiple of 128 or all columns get "wgmma" storage if
+    N and K are multiples of 64; other arrays are returned as they are. The values are the same. Weights that
+    meet quantized inputs keep their layout: don't prepack those.
     """
     return to_wgmma(w) if prepackable(w) else w
 
@@ -209,16 +220,13 @@ def prepack(w: QArray) -> QArray:
 def prepackable(w: QArray) -> bool:
     """Whether `prepack` re-lays this array out."""
     f, (n, k) = w.format, w.shape[-2:]
-    block_n, block_k = f.block_shape
-    groups = block_k in (32, 64, WHOLE) or block_k % 128 == 0
+    block_k = f.block_shape[1]
     return (
-        f.storage == "packed"
-        and f.element == "int4"
-        and f.offset != "minimum"
+        f.storage != "wgmma"
+        and f.element != "float4_e2m1fn"
         and not f.global_scale
-        and f.scale_dtype in mixed_gemm_sm90.SCALE_DTYPES
-        and block_n == 1
-        and groups
+        and f.scale_dtype in (*mixed_gemm_sm90.SCALE_DTYPES, "float8_e8m0fnu")
+        and (block_k in (32, 64, WHOLE) or block_k % 128 == 0)
         and n % 64 == 0
         and k % 64 == 0
     )

@@ -1,4 +1,4 @@
-"""2-, 4- and 8-bit weights in wgmma's order: repacking, numbers, every tiling through ptxas, and the GPU where there is one."""
+"""Weights of 2, 4 and 8 bits in wgmma's order: repacking, numbers, every tiling through ptxas, and the GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +139,31 @@ def test_eight_bits_with_zero_points(dtype):
     for group in (64, 192):
         shape, options = (5, 64, 192, group), {"dtype": dtype, "offset": "zero_point"}
         check(shape, options, config(8, 1, 1), "int8")
+
+
+TWO_BITS = [
+    ((3, 192, 256, 128), {}, config(8, 1, 2)),
+    ((9, 128, 328, 32), {"offset": "zero_point", "dtype": "float16"}, config(16, 2, 1, 256)),
+]
+
+
+@pytest.mark.parametrize(("shape", "options", "tiles"), TWO_BITS, ids=str)
+def test_two_bits(shape, options, tiles):
+    check(shape, options, tiles, "int2")
+
+
+# Groups in shared memory and one a row; sums of fewer and of more tokens than TMA's smallest box.
+MINIMUMS = [
+    ((3, 192, 256, 32), {}, config(8, 1, 2), "int4", -8),
+    ((50, 128, 456, 128), {"scale_dtype": "float16"}, config(64, 2, 1, splits=2), "int4", -8),
+    ((9, 64, 192, 192), {"dtype": "float16"}, config(16, 1, 1), "int2", -2),
+    ((3, 64, 256, 64), {}, config(8, 1, 1), "int8", -128),
+]
+
+
+@pytest.mark.parametrize(("shape", "options", "tiles", "element", "zero"), MINIMUMS, ids=str)
+def test_minimums(shape, options, tiles, element, zero):
+    check(shape, {"offset": "minimum", **options}, tiles, element, zero)
 
 
 @pytest.mark.parametrize("name", ["int4_1x128", "int4_1x64_asym", "int4_channel"])
