@@ -14,7 +14,6 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from qjax.pallas_kernels import _paged_attention_registers_sm90 as reg
 
 _PTX_TYPES = {"bfloat16": "bf16", "float16": "f16"}
-_CVT_TYPES = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}
 
 
 def logits(query: Array, key, scales=None, *, storage: reg.Storage) -> Array:
@@ -167,14 +166,14 @@ class _ScaleRows:
         offset = arith.muli(row, reg.i32(4 * self.size))
         self.base = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(ref)), offset)
         # All at once where registers suffice.
-        self.loaded = _shared_words(self.base, 0, self.size * count) if self.size <= 2 else None
+        self.loaded = reg.shared_words(self.base, 0, self.size * count) if self.size <= 2 else None
 
     def words(self, index: int) -> list[ir.Value]:
         """This word of each token."""
         places = [self.size * i + index for i in range(self.count)]
         if self.loaded is not None:
             return [self.loaded[at] for at in places]
-        return [_shared_words(self.base, 4 * at, 1)[0] for at in places]
+        return [reg.shared_words(self.base, 4 * at, 1)[0] for at in places]
 
 
 class _KeyScales:
@@ -195,7 +194,7 @@ class _KeyScales:
     def of_chunk(self, chunk: int) -> ir.Value:
         """The scale, twice, in float16."""
         (word,) = self.rows.words(chunk // 2)
-        return _widen_pair(_select(word, word, self.selectors[chunk % 2]))
+        return reg.widen_pair(_select(word, word, self.selectors[chunk % 2]))
 
 
 class _ValueScales:
@@ -219,7 +218,7 @@ class _ValueScales:
         """The two scales in float16."""
         first, second = self.rows.words(chunk // 2)
         selected = _select(first, second, self.selectors[chunk % 2])
-        return arith.andi(_widen_pair(selected), self.mask)
+        return arith.andi(reg.widen_pair(selected), self.mask)
 
 
 class _Tile:
@@ -289,16 +288,9 @@ def _decode(word: ir.Value, storage: reg.Storage, scale: ir.Value | None = None)
     """Pairs of 16-bit operands: of 16-bit numbers, of bytes 0-1 and 2-3, or of nibbles i and i + 4."""
     if storage.bits == 16:
         return [word]
-    i32 = ir.IntegerType.get_signless(32)
     if storage.bits == 8:
-        kind = _CVT_TYPES[storage.dtype]
-        found = utils.inline_ptx(
-            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; "
-            f"cvt.rn.f16x2.{kind} $0, low; cvt.rn.f16x2.{kind} $1, high; }}",
-            word,
-            result_types=[i32] * 2,
-        )
-        return list(found)
+        return reg.widen_bytes(word, storage.dtype)
+    i32 = ir.IntegerType.get_signless(32)
     assert scale is not None
     found = []
     for i in range(4):
@@ -311,32 +303,10 @@ def _decode(word: ir.Value, storage: reg.Storage, scale: ir.Value | None = None)
     return found
 
 
-def _widen_pair(halfword: ir.Value) -> ir.Value:
-    """The two e4m3 numbers in a word's low half in float16."""
-    return utils.inline_ptx(
-        "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, low; }",
-        halfword,
-        result_types=ir.IntegerType.get_signless(32),
-    )
-
-
 def _select(first: ir.Value, second: ir.Value, selector: ir.Value) -> ir.Value:
     """Bytes of two words by the nibbles of a selector."""
     i32 = ir.IntegerType.get_signless(32)
     return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", first, second, selector, result_types=i32)
-
-
-def _shared_words(base: ir.Value, offset: int, count: int) -> list[ir.Value]:
-    """1, 2 or 4 words of shared memory."""
-    names = ", ".join(f"${i}" for i in range(count))
-    kind, names = ("b32", names) if count == 1 else (f"v{count}.b32", f"{{{names}}}")
-    found = utils.inline_ptx(
-        f"ld.shared.{kind} {names}, [${count}+{offset}];",
-        base,
-        result_types=[ir.IntegerType.get_signless(32)] * count,
-        has_side_effects=True,
-    )
-    return list(found)
 
 
 def _permute(word: ir.Value) -> ir.Value:

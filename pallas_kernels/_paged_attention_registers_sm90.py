@@ -29,6 +29,7 @@ WARPS = 4
 FP4 = "float4_e2m1fn"
 SCALE_BLOCK = 16  # channels of FP4 that share a scale
 SCALAR = plgpu.Layout.WGMMA  # any: scalars have no layout
+_CVT_TYPES = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,3 +174,37 @@ def lane() -> ir.Value:
 def warp() -> ir.Value:
     """Index of the warp in its warpgroup."""
     return arith.divui(thread(), i32(32))
+
+
+def shared_words(base: ir.Value, offset: int, count: int) -> list[ir.Value]:
+    """1, 2 or 4 words of shared memory."""
+    names = ", ".join(f"${i}" for i in range(count))
+    kind, names = ("b32", names) if count == 1 else (f"v{count}.b32", f"{{{names}}}")
+    found = utils.inline_ptx(
+        f"ld.shared.{kind} {names}, [${count}+{offset}];",
+        base,
+        result_types=[ir.IntegerType.get_signless(32)] * count,
+        has_side_effects=True,
+    )
+    return list(found)
+
+
+def widen_bytes(word: ir.Value, dtype: str) -> list[ir.Value]:
+    """Four 8-bit numbers in float16, two to a word."""
+    kind = _CVT_TYPES[dtype]
+    found = utils.inline_ptx(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $2; "
+        f"cvt.rn.f16x2.{kind} $0, low; cvt.rn.f16x2.{kind} $1, high; }}",
+        word,
+        result_types=[ir.IntegerType.get_signless(32)] * 2,
+    )
+    return list(found)
+
+
+def widen_pair(halfword: ir.Value) -> ir.Value:
+    """The two e4m3 numbers in a word's low half in float16."""
+    return utils.inline_ptx(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, low; }",
+        halfword,
+        result_types=ir.IntegerType.get_signless(32),
+    )

@@ -18,178 +18,39 @@ issues its products in its turn (`_attention_wgmma_sm90`) and computes its softm
                                               [turn] out += p v(last)
                                               out / sum -> o_smem -> TMA
 
-Away from masks, `out += p v(j-1)` is still under way while `p = softmax(s)` is computed. 8-bit pages go through a
-buffer of their own: the producer decodes them into the float16 tiles. The schedule says which CTA takes which tiles
-of queries, so that all end together.
+Away from masks, `out += p v(j-1)` is still under way while `p = softmax(s)` is computed. 8- and 4-bit pages go through
+a buffer of their own, from which the producer widens them to the float16 tiles (`_prefill_attention_widen_sm90`). The
+schedule says which CTA takes which tiles of queries, so that all end together.
 """
 
-import dataclasses
 import functools
-import math
-from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.pallas_kernels import _attention_wgmma_sm90 as wgmma
+from qjax.pallas_kernels._prefill_attention_plan_sm90 import (
+    LOG2E,
+    REGISTERS,
+    ROWS,
+    WARPGROUPS,
+    Item,
+    Plan,
+    item_at,
+)
+from qjax.pallas_kernels._prefill_attention_producer_sm90 import (
+    STREAM_PARTS,
+    Stream,
+    load_item,
+    token_scales,
+)
 
-ROWS = 64  # of queries, for each math warpgroup
-WARPGROUPS = 2
-Q_TILE = ROWS * WARPGROUPS
 # Finite, so that differences of two masked logits are numbers; a power of two, so that scaling is exact and a fused
 # multiply-add of two equal ones gives zero.
 MASKED = -(2.0**99)
 LOWEST = float(jnp.finfo(jnp.float32).min)  # below every scaled masked logit
-# Registers of a thread of the producer and of a math warpgroup, for 16-bit and for 8-bit keys. Together no more than
-# the CTA starts with, three times 168: the math warpgroups would wait for the rest for ever.
-REGISTERS = {False: (40, 232), True: (72, 216)}
-LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class TileConfig:
-    """Sizes of one CTA's buffers.
-
-    Attributes:
-        keys: Keys in a tile, a multiple of 16.
-        stages: Tiles of keys, and of values, in flight.
-        separate_output: Whether outputs have their own buffer, so that the next queries load while they leave;
-            else they take the place of queries of the same size.
-        overlap: Whether the softmax of a tile starts while the values of the tile before are still being multiplied,
-            where no mask or soft cap needs the registers.
-    """
-
-    keys: int
-    stages: int
-    separate_output: bool
-    overlap: bool
-
-    def smem_bytes(self, dim: int, value_dim: int) -> int:
-        """Bytes of the tiles of 16-bit queries, keys, values and outputs."""
-        tiles = self.stages * self.keys * (dim + value_dim)
-        return 2 * (tiles + Q_TILE * (dim + (value_dim if self.separate_output else 0)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is static in one kernel."""
-
-    batch: int
-    q_heads: int
-    kv_heads: int
-    rows: int  # queries per sequence
-    dim: int
-    value_dim: int
-    tile: TileConfig
-    page_size: int | None
-    causal: bool
-    ragged: bool  # sequences may end inside a tile of keys
-    window: int | None
-    soft_cap: float | None
-    sinks: bool
-    narrow: str | None  # dtype of 8-bit pages
-    ctas: int
-
-    @property
-    def pieces(self) -> int:
-        """Loads that make up a tile of keys."""
-        return 1 if self.page_size is None else max(self.tile.keys // self.page_size, 1)
-
-    @property
-    def swizzle(self) -> int:
-        return 128 if self.dim % 64 == 0 and self.value_dim % 64 == 0 else 64
-
-
-def scratch(plan: Plan, dtype, out_dtype) -> dict:
-    """Shared memory and barriers of the kernel; `dtype` is what the tensor cores multiply."""
-    tile, swizzle = plan.tile, plan.swizzle
-    tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    arrivals = 1 if plan.narrow else plan.pieces
-    full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=tile.stages)
-    empty = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.stages)
-    queries = plgpu.SMEM((WARPGROUPS, ROWS, plan.dim), dtype, transforms=tiled)
-    output = plgpu.SMEM((WARPGROUPS, ROWS, plan.value_dim), out_dtype, transforms=tiled)
-    buffers = dict(
-        qo_smem=(queries, output) if tile.separate_output else (queries,),
-        q_full=plgpu.Barrier(num_barriers=WARPGROUPS),
-        q_empty=plgpu.Barrier(num_barriers=WARPGROUPS),
-    )
-    for name, dim in (("k_", plan.dim), ("v_", plan.value_dim)):
-        buffers |= {
-            name + "smem": plgpu.SMEM((tile.stages, tile.keys, dim), dtype, transforms=tiled),
-            name + "full": full,
-            name + "empty": empty,
-            name + "arrived": plgpu.Barrier(num_arrivals=plan.pieces),
-        }
-        if plan.narrow:
-            width = min(dim, 128)
-            transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width))
-            shape = (tile.keys, dim)
-            buffers[name + "narrow"] = plgpu.SMEM(shape, plan.narrow, transforms=transforms)
-    return buffers
-
-
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """One tile of queries: scalars of the kernel.
-
-    Attributes:
-        sequence: Index in the batch.
-        head: Query head.
-        kv_head: KV head.
-        row: First query.
-        position: Position of the first query.
-        length: Keys of the sequence.
-        first: First visible tile of keys.
-        low: First tile that every query sees from its start on.
-        high: First tile that some query does not see up to its end.
-        last: End of the visible tiles; at least one is visited, if only to be masked.
-    """
-
-    sequence: Array
-    head: Array
-    kv_head: Array
-    row: Array
-    position: Array
-    length: Array
-    first: Array
-    low: Array
-    high: Array
-    last: Array
-
-
-def _item(at, plan: Plan, offsets_gmem, query_lengths_gmem, lengths_gmem) -> _Item:
-    """The item of an entry of the schedule: tile of queries + tiles * (head + heads * sequence)."""
-    q_tiles = pl.cdiv(plan.rows, Q_TILE)
-    q_tile, at = lax.rem(at, q_tiles), lax.div(at, q_tiles)
-    head, sequence = lax.rem(at, plan.q_heads), lax.div(at, plan.q_heads)
-    kv_head = lax.div(head, plan.q_heads // plan.kv_heads)
-    row, keys = q_tile * Q_TILE, plan.tile.keys
-    length, count = lengths_gmem[sequence], query_lengths_gmem[sequence]
-    position = offsets_gmem[sequence] + row
-    end = position + lax.min(Q_TILE, count - row)  # past the last query's position
-    visible = lax.min(length, end) if plan.causal else length
-    last = lax.max(lax.div(visible + keys - 1, keys), 1)
-    last = lax.select(row < count, last, 1)
-    high = lax.div(lax.max(lax.min(length, position + 1) if plan.causal else length, 0), keys)
-    first = low = 0
-    if plan.window is not None:
-        first = lax.min(lax.div(lax.max(position - plan.window + 1, 0), keys), last - 1)
-        low = lax.div(lax.max(end - plan.window, 0) + keys - 1, keys)
-    return _Item(
-        sequence=sequence,
-        head=head,
-        kv_head=kv_head,
-        row=row,
-        position=position,
-        length=length,
-        first=first,
-        low=low,
-        high=high,
-        last=last,
-    )
 
 
 def kernel(
@@ -204,11 +65,11 @@ def kernel(
     logit_scale_gmem,
     value_scale_gmem,
     sinks_gmem,
-    out_gmem,
-    *,
+    *rest,
     plan: Plan,
     **scratch,
 ):
+    *narrow_gmem, out_gmem = rest
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     items, registers = schedule_gmem[cta, 0], REGISTERS[plan.narrow is not None]
     bounds = (plan, offsets_gmem, query_lengths_gmem, lengths_gmem)
@@ -217,16 +78,24 @@ def kernel(
     def producer():
         plgpu.set_max_registers(registers[0], action="decrease")
 
+        scales, blocks = narrow_gmem[: 4 * plan.token_scales], narrow_gmem[4 * plan.token_scales :]
         streams = [
-            _Stream(source, *(scratch.get(name + part) for part in _STREAM_PARTS))
-            for source, name in ((k_gmem, "k_"), (v_gmem, "v_"))
+            Stream(source, block, *(scratch.get(name + part) for part in STREAM_PARTS))
+            for source, block, name in zip(
+                (k_gmem, v_gmem), blocks or (None, None), ("k_", "v_"), strict=True
+            )
         ]
         queries = (scratch["qo_smem"][0], scratch["q_full"], scratch["q_empty"])
 
         def load(i, done):
-            item = _item(schedule_gmem[cta, i + 1], *bounds)
+            item = item_at(schedule_gmem[cta, i + 1], *bounds)
             keys, values = streams
-            return _load_item(item, i, done, plan, q_gmem, table_gmem, keys, values, *queries)
+
+            def scales_of(tile):
+                return token_scales(item, tile, plan, table_gmem, *scales)
+
+            load = functools.partial(load_item, item, i, done, plan, q_gmem, table_gmem)
+            return load(keys, values, scales_of, *queries)
 
         done = lax.fori_loop(0, items, load, jnp.int32(0))
 
@@ -246,7 +115,7 @@ def kernel(
         pl.when(wg == 1)(wgmma.offer_first_turn)
 
         def attend(i, done):
-            item = _item(schedule_gmem[cta, i + 1], *bounds)
+            item = item_at(schedule_gmem[cta, i + 1], *bounds)
             scales = (
                 logit_scale_gmem[item.kv_head],
                 value_scale_gmem[item.kv_head],
@@ -258,146 +127,8 @@ def kernel(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-_STREAM_PARTS = ("smem", "narrow", "full", "empty", "arrived")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stream:
-    """What the producer needs to load keys, or values.
-
-    Attributes:
-        source: Device memory.
-        tiles: Shared memory: 16-bit tiles, one for each stage.
-        narrow: Shared memory: a tile of 8-bit codes on its way to become one of them, or None.
-        full: Barriers of the stages' loads.
-        empty: Barriers of the stages' reads.
-        arrived: Barrier of a tile that the producer changes before the others may see it.
-    """
-
-    source: Any
-    tiles: Any
-    narrow: Any
-    full: Any
-    empty: Any
-    arrived: Any
-
-
-def _load_item(
-    item: _Item, i, done, plan: Plan, q_gmem, table_gmem, keys, values, q_smem, q_full, q_empty
-):
-    """The producer's part of an item; returns the number of tiles of keys loaded so far."""
-    rows, stages, page_size = plan.tile.keys, plan.tile.stages, plan.page_size
-    count = item.last - item.first
-
-    def copy(source, target, tile, full):
-        if page_size is None:
-            part = pl.ds(tile * rows, rows)
-            plgpu.copy_gmem_to_smem(source.at[item.sequence, part, item.kv_head], target, full)
-            return
-        piece, last = rows // plan.pieces, table_gmem.shape[1] - 1
-        offset = lax.rem(tile * rows, page_size) if page_size > rows else 0
-
-        # A bound that the compiler cannot know: unrolled, the loop would need more registers than there are.
-        @pl.loop(0, lax.select(done >= 0, plan.pieces, 0))
-        def _(j):
-            # Pages past the table repeat its last entry and are masked.
-            at = lax.min(lax.div(tile * rows, page_size) + j, last)
-            plgpu.copy_gmem_to_smem(
-                source.at[table_gmem[item.sequence, at], item.kv_head, pl.ds(offset, piece)],
-                target.at[pl.ds(pl.multiple_of(j * piece, piece), piece)],
-                full,
-            )
-
-    def load(stream: _Stream, j, clean: bool):
-        """Tile j from the last; `clean` zeroes the tokens past the sequence's end, which may be NaN."""
-        at, tile = done + j, item.last - 1 - j
-        slot = lax.rem(at, stages)
-        target, full = stream.tiles.at[slot], stream.full.at[slot]
-        valid = item.length - tile * rows
-
-        @pl.when(at >= stages)
-        def _():
-            plgpu.barrier_wait(stream.empty.at[slot])
-            plgpu.commit_smem()  # orders reads by the math warpgroups before the TMA's writes
-
-        def change():
-            """Takes the tile that arrived from where it is to `target`, and tells the others."""
-            plgpu.barrier_wait(stream.arrived)
-            _rewrite(stream.narrow or target, target, plan, valid if clean else None)
-            plgpu.commit_smem()
-            for _ in range(1 if plan.narrow else plan.pieces):
-                plgpu.barrier_arrive(full)
-
-        if plan.narrow:
-            change()
-
-            @pl.when(j + 1 < count)
-            def _():
-                copy(stream.source, stream.narrow, tile - 1, stream.arrived)
-
-        elif clean:
-
-            @pl.when(valid >= rows)
-            def _():
-                copy(stream.source, target, tile, full)
-
-            @pl.when(valid < rows)
-            def _():
-                copy(stream.source, target, tile, stream.arrived)
-                change()
-
-        else:
-            copy(stream.source, target, tile, full)
-
-    if plan.narrow:
-        for stream in (keys, values):
-            copy(stream.source, stream.narrow, item.last - 1, stream.arrived)
-    load(keys, 0, False)
-    for wg in range(WARPGROUPS):
-
-        @pl.when(i > 0)
-        def _(wg=wg):
-            plgpu.barrier_wait(q_empty.at[wg])
-            plgpu.commit_smem()
-
-        part = pl.ds(item.row + wg * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(
-            q_gmem.at[item.sequence, part, item.head], q_smem.at[wg], q_full.at[wg]
-        )
-    load(values, 0, plan.ragged)
-
-    @pl.loop(1, count)
-    def _(j):
-        load(keys, j, False)
-        load(values, j, plan.ragged)
-
-    return done + count
-
-
-def _rewrite(source, target, plan: Plan, valid) -> None:
-    """The source's values in the target's dtype, rows from `valid` on zeros; they may be one buffer."""
-    rows, dim = target.shape
-    columns = min(dim, 128) if plan.narrow else plan.swizzle // 2  # of whole swizzled rows
-    layout = plgpu.Layout.WGMMA_8BIT if plan.narrow else plgpu.Layout.WGMMA
-    for row in [*range(0, rows - ROWS, ROWS), rows - ROWS]:  # the last rows may come twice
-
-        def part(row=row):
-            for column in range(0, dim, columns):
-                index = (pl.ds(row, ROWS), pl.ds(column, columns))
-                x = plgpu.load(source.at[index], layout=layout).astype(target.dtype)
-                if valid is not None:
-                    token = row + plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
-                    x = jnp.where(token < valid, x, jnp.zeros_like(x))
-                target.at[index][...] = x
-
-        if plan.narrow:
-            part()
-        else:
-            pl.when(valid < row + ROWS)(part)
-
-
 def _attend_item(
-    item: _Item,
+    item: Item,
     i,
     done,
     wg,
@@ -510,7 +241,7 @@ def _attend_item(
     return done + end
 
 
-def _softmax(s, top, total, *, plan: Plan, item: _Item, row, logit_scale, tile, masked: bool):
+def _softmax(s, top, total, *, plan: Plan, item: Item, row, logit_scale, tile, masked: bool):
     """One step of the online softmax in base 2: probabilities, maximum, sum and the factor of earlier ones."""
     layout = plgpu.Layout.WGMMA
     row_layout = layout.reduce(1)

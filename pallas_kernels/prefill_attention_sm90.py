@@ -14,20 +14,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from qjax.pallas_kernels._prefill_attention_sm90 import (
+from qjax.pallas_kernels import _prefill_attention_widen_sm90 as widening
+from qjax.pallas_kernels._paged_attention_registers_sm90 import FP4, SCALE_BLOCK, Storage
+from qjax.pallas_kernels._prefill_attention_plan_sm90 import (
     LOG2E,
     Q_TILE,
+    SCALE_ROW,
     WARPGROUPS,
     Plan,
     TileConfig,
-    kernel,
     scratch,
 )
+from qjax.pallas_kernels._prefill_attention_sm90 import kernel
 
 SECTION_BYTES = 24 * 2**20  # of keys and values that share the L2 cache
 SMEM_BYTES = 225 * 1024  # of one CTA's 227, for tiles; the rest is for barriers
 DTYPES = ("bfloat16", "float16")
-NARROW_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+NARROW_DTYPES = ("float8_e4m3fn", "float8_e5m2", FP4)
 
 
 def choose_tile(
@@ -39,11 +42,12 @@ def choose_tile(
         dim: H.
         value_dim: Hv.
         page_size: Tokens of a page, None for contiguous keys.
-        narrow: Whether keys and values are 8-bit codes; decoding them takes registers from the math warpgroups.
+        narrow: Whether keys and values are 8- or 4-bit codes; widening them takes registers from the math
+            warpgroups, and a thread for each token.
     """
     if value_dim > 128:
         return TileConfig(keys=64, stages=2, separate_output=False, overlap=not narrow)
-    for keys in (128, 96, 64):
+    for keys in (128, 64) if narrow else (128, 96, 64):
         config = TileConfig(keys=keys, stages=2, separate_output=True, overlap=True)
         whole = page_size is None or keys % page_size == 0 or page_size % keys == 0
         if whole and config.smem_bytes(dim, value_dim) <= SMEM_BYTES:
@@ -77,10 +81,17 @@ def unsupported_reason(
             f"pages must be {name} like the queries or one of {NARROW_DTYPES}; found {page_dtype}"
         )
     if narrow and head_dim not in (64, 128, 256):
-        return f"8-bit pages need head_dim 64, 128 or 256; found {head_dim}"
+        return f"8- and 4-bit pages need head_dim 64, 128 or 256; found {head_dim}"
     if page_size is not None:
         if page_size % 8 or (64 % page_size and page_size % 64):
             return f"page_size must be 8, 16, 32 or a multiple of 64; found {page_size}"
+        if jnp.dtype(page_dtype) == FP4:
+            whole = 128 % page_size == 0 or page_size % 128 == 0
+            if head_dim > 128 or page_size * head_dim % (SCALE_ROW * SCALE_BLOCK) or not whole:
+                return (
+                    "FP4 pages need a head_dim of 64 or 128, pages of 2048 numbers or a multiple, and a page "
+                    f"size that divides 128 or a multiple of it; found {head_dim} and {page_size} tokens"
+                )
     return None
 
 
@@ -110,7 +121,7 @@ def prefill_attention(
         query_offsets: int32 [B]: position of each sequence's first query; default lengths - query_lengths,
             so that the last query sees all keys.
         query_lengths: int32 [B]: real queries of each sequence, at most T, default T. What the kernel writes
-            for the others means nothing.
+            for the others means nothing, but is finite.
         lengths: int32 [B]: keys of each sequence, at most S, default S.
         scale: Positive; default 1/sqrt(H).
         sliding_window: A query at p sees positions p - sliding_window + 1 .. p only; needs `causal`.
@@ -146,8 +157,6 @@ def prefill_attention(
         page_size=None,
         ragged=ragged,
         capacity=keys,
-        key_scale=None,
-        value_scale=None,
         causal=causal,
         query_offsets=query_offsets,
         query_lengths=query_lengths,
@@ -169,6 +178,8 @@ def paged_prefill_attention(
     *,
     key_scale: Array | None = None,
     value_scale: Array | None = None,
+    key_block_scale: Array | None = None,
+    value_block_scale: Array | None = None,
     causal: bool = True,
     query_offsets: Array | None = None,
     query_lengths: Array | None = None,
@@ -183,12 +194,16 @@ def paged_prefill_attention(
 
     Args:
         query: [B, T, N, H], bfloat16 or float16.
-        key_pages: [P, K, page_size, H] of the query's dtype, or e4m3 or e5m2 codes.
+        key_pages: [P, K, page_size, H] of the query's dtype, e4m3 or e5m2. Or uint8 [P, K, page_size, H / 2]: two
+            e2m1 codes, the even channel low (NVFP4).
         value_pages: [P, K, page_size, Hv] likewise.
         page_table: int32 [B, pages]; entries past a sequence's pages may be anything.
         lengths: int32 [B]: keys of each sequence, those of its queries included.
-        key_scale: float32 [K], positive: key = page's value * key_scale. Default 1.
-        value_scale: Likewise.
+        key_scale: float32 [K], [P, K] or [P, K, page_size], positive: key = page's value * key_scale. Default 1.
+            Of 16-bit pages: [K].
+        value_scale: Likewise, of as many axes.
+        key_block_scale: Of e2m1 codes: e4m3 [P, K, page_size, H / 16], one more factor.
+        value_block_scale: Likewise.
         causal: As in `prefill_attention`, like all that follow.
         query_offsets: Default lengths - query_lengths.
         query_lengths: Default T.
@@ -211,10 +226,24 @@ def paged_prefill_attention(
             f"[P, K, page_size, Hv]; found {[list(x.shape) for x in (query, key_pages, value_pages)]}"
         )
     batch, (pages, kv_heads, page_size, _) = query.shape[0], key_pages.shape
-    shape = (pages, kv_heads, page_size)
-    _expect("key_pages", key_pages, (*shape, query.shape[3]), key_pages.dtype)
-    _expect("value_pages", value_pages, (*shape, value_pages.shape[3]), key_pages.dtype)
+    shape, dim = (pages, kv_heads, page_size), query.shape[3]
+    four = key_pages.dtype == jnp.uint8
+    _expect("key_pages", key_pages, (*shape, dim // 2 if four else dim), key_pages.dtype)
+    columns = key_pages.shape[3] if four else value_pages.shape[3]
+    _expect("value_pages", value_pages, (*shape, columns), key_pages.dtype)
     _expect("page_table", page_table, (batch, *page_table.shape[1:2]), jnp.int32)
+    for name, x in (("key", key_block_scale), ("value", value_block_scale)):
+        if (x is not None) != four:
+            raise ValueError("prefill_attention: uint8 pages take both block scales, others none")
+        if x is not None:
+            _expect(f"{name}_block_scale", x, (*shape, dim // SCALE_BLOCK), jnp.float8_e4m3fn)
+    if (key_scale is None) != (value_scale is None):
+        raise ValueError("prefill_attention: give both scales or none")
+    if key_scale is not None and value_scale is not None:
+        of_heads = key_pages.dtype == query.dtype or key_scale.ndim not in (2, 3)
+        wanted = (kv_heads,) if of_heads else shape[: key_scale.ndim]
+        _expect("key_scale", key_scale, wanted, jnp.float32)
+        _expect("value_scale", value_scale, wanted, jnp.float32)
     return _attend(
         query,
         key_pages,
@@ -224,8 +253,8 @@ def paged_prefill_attention(
         page_size=page_size,
         ragged=True,
         capacity=page_table.shape[1] * page_size,
-        key_scale=key_scale,
-        value_scale=value_scale,
+        scales=None if key_scale is None else (key_scale, value_scale),
+        block_scales=(key_block_scale, value_block_scale) if four else (),
         causal=causal,
         query_offsets=query_offsets,
         query_lengths=query_lengths,
@@ -256,8 +285,8 @@ def _attend(
     page_size,
     ragged,
     capacity,
-    key_scale,
-    value_scale,
+    scales=None,
+    block_scales=(),
     causal,
     query_offsets,
     query_lengths,
@@ -269,7 +298,9 @@ def _attend(
     num_sms,
 ):
     batch, rows, q_heads, dim = query.shape
-    kv_heads, value_dim = key.shape[2 if page_size is None else 1], value.shape[3]
+    kv_heads, narrow = key.shape[2 if page_size is None else 1], key.dtype != query.dtype
+    page_dtype = FP4 if key.dtype == jnp.uint8 else key.dtype.name
+    value_dim = dim if page_dtype == FP4 else value.shape[3]
     reason = unsupported_reason(
         q_heads,
         kv_heads,
@@ -277,7 +308,7 @@ def _attend(
         value_dim,
         dtype=query.dtype,
         page_size=page_size,
-        page_dtype=key.dtype,
+        page_dtype=page_dtype,
     )
     if reason:
         raise ValueError(f"prefill_attention: {reason}")
@@ -294,20 +325,24 @@ def _attend(
     if query_offsets is None:
         query_offsets = lengths - query_lengths
     sink_logits = jnp.zeros((q_heads,), jnp.float32) if sinks is None else sinks
-    ones = jnp.ones((kv_heads,), jnp.float32)
-    key_scale, value_scale = (ones if x is None else x for x in (key_scale, value_scale))
+    # Scales of pages or tokens become relative to their head's largest; the kernel's factors have that.
+    scales = (np.ones((kv_heads,), np.float32),) * 2 if scales is None else scales
+    pools = scales if scales[0].ndim > 1 else ()
+    factors = tuple(_largest(x) if pools else x for x in scales)
+    relative = (*pools, *(1 / x for x in factors)) if pools else ()
     for name, vector, size, dtype in (
         ("lengths", lengths, batch, jnp.int32),
         ("query_lengths", query_lengths, batch, jnp.int32),
         ("query_offsets", query_offsets, batch, jnp.int32),
         ("sinks", sink_logits, q_heads, jnp.float32),
-        ("key_scale", key_scale, kv_heads, jnp.float32),
-        ("value_scale", value_scale, kv_heads, jnp.float32),
     ):
         _expect(name, vector, (size,), dtype)
-    narrow = key.dtype.name if key.dtype.name in NARROW_DTYPES else None
     if tile is None:
-        tile = choose_tile(dim, value_dim, page_size=page_size, narrow=narrow is not None)
+        tile = choose_tile(dim, value_dim, page_size=page_size, narrow=narrow)
+    if narrow and tile.keys not in ((128,) if block_scales else (64, 128)):
+        raise ValueError(
+            f"prefill_attention: tiles of {page_dtype} need 128 keys (or 64 of 8 bits); found {tile.keys}"
+        )
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
     plan = Plan(
         batch=batch,
@@ -323,13 +358,18 @@ def _attend(
         window=sliding_window,
         soft_cap=logit_soft_cap,
         sinks=sinks is not None,
-        narrow=narrow,
+        narrow=page_dtype if narrow else None,
+        token_scales=bool(pools),
         ctas=min(num_sms, batch * q_heads * pl.cdiv(rows, Q_TILE)),
     )
     scale = dim**-0.5 if scale is None else scale
     out_dtype = query.dtype
-    if narrow:  # float16 holds both 8-bit types exactly
+    if narrow:  # float16 holds all these types exactly
         query = query.astype(jnp.float16)
+        unit = widening.tile_unit(Storage(page_dtype, dim))
+        factors = tuple(x * unit for x in factors)
+    # Rows that TMA copies.
+    blocks = tuple(x.reshape(*x.shape[:2], -1, SCALE_ROW) for x in block_scales)
     # Outputs that take the place of queries have their dtype until they are written.
     written = out_dtype if tile.separate_output else query.dtype
     if rows % 8:
@@ -353,11 +393,20 @@ def _attend(
         query_offsets,
         query_lengths,
         lengths,
-        key_scale * (scale * LOG2E),
-        value_scale,
+        factors[0] * (scale * LOG2E),
+        factors[1],
         sink_logits * LOG2E,
+        *relative,
+        *blocks,
     )
     return (out[:, :rows] if rows % 8 else out).astype(out_dtype)
+
+
+def _largest(scales: Array) -> Array:
+    """Each head's largest number, what was never written aside."""
+    axes = (0, *range(2, scales.ndim))
+    largest = jnp.max(jnp.where(jnp.isfinite(scales), scales, 0), axis=axes)
+    return jnp.maximum(largest, float(jnp.finfo(jnp.float32).tiny))
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,8 @@
 JAX 0.11.2's interpreter refuses two things that run on the GPU: ``wgmma`` with its left operand in registers,
 and ``inline_mgpu`` that returns a value. While `interpret` is active, the first is computed with numpy, and the
 second calls the function's ``interpret_impl`` attribute, a jax.numpy reference of the inlined PTX that gets
-the values of the arguments, those of references included.
+the values of the arguments, those of references included. If the PTX writes to references, the function's
+``interpret_writes`` has their indices, and the reference returns their new values after its other results.
 
 The interpreter executes wgmma at once, so a missing ``wgmma_wait`` is not caught here, and it checks no register
 layouts; `qjax.testing.lower_for_gpu` and `ptxas_reports` check those.
@@ -129,20 +130,26 @@ def _interpret_inline_reference(self, eqn, token, get_invals):
     values = get_invals()
     leaves, transform_leaves = values[: tree.num_leaves], values[tree.num_leaves :]
     transforms = jax.tree.unflatten(eqn.params["pytree_ref_transforms"], transform_leaves)
-    arguments = []
+    arguments, references = [], []
     for var, leaf, ref_transforms in zip(eqn.invars, leaves, transforms, strict=False):
+        place = None
         if isinstance(var.aval, state_types.AbstractRef):
             ref, ref_transforms = jaxpr_interpret.resolve_ref(var.aval, leaf, ref_transforms)
             named = state.transform_type(ref_transforms, var.aval)
             assert isinstance(named, state_types.AbstractRef)
-            token, leaf = gpu_callbacks.call_get(
-                token=token,
-                result_shape_and_dtype=named.inner_aval,
-                mesh_location=self.mesh_location,
-                thread=self.thread,
-                allocation_key_as_array=ref,
-                transforms=ref_transforms,
-                source_info=eqn.source_info,
-            )
+            place = {
+                "mesh_location": self.mesh_location,
+                "thread": self.thread,
+                "result_shape_and_dtype": named.inner_aval,
+                "allocation_key_as_array": ref,
+                "transforms": ref_transforms,
+                "source_info": eqn.source_info,
+            }
+            token, leaf = gpu_callbacks.call_get(token=token, **place)
         arguments.append(leaf)
-    return token, jax.tree.leaves(reference(*jax.tree.unflatten(tree, arguments)))
+        references.append(place)
+    results = jax.tree.leaves(reference(*jax.tree.unflatten(tree, arguments)))
+    writes = getattr(eqn.params["mgpu_fn"], "interpret_writes", ())
+    for i, value in zip(writes, results[len(results) - len(writes) :], strict=True):
+        token, _ = gpu_callbacks.call_swap(token=token, val=value, mask=None, **references[i])
+    return token, results[: len(results) - len(writes)]

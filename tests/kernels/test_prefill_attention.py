@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qjax import testing
-from qjax.pallas_kernels._prefill_attention_sm90 import REGISTERS, TileConfig
+from qjax.pallas_kernels._prefill_attention_plan_sm90 import REGISTERS, TileConfig
 from qjax.pallas_kernels.prefill_attention_sm90 import (
     choose_tile,
     paged_prefill_attention,
@@ -153,31 +153,69 @@ def test_pages(page_size, dim):
     assert relative_error(out, expected, options["query_lengths"]) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("dtype", "page_size", "dim"),
-    [("float8_e4m3fn", 32, 128), ("float8_e5m2", 128, 64), ("float8_e4m3fn", 64, 256)],
-)
-def test_fp8_pages(dtype, page_size, dim):
-    query, key, value = operands(2, 72, 300, 2, 2, dim)
-    key, value = (x.astype(dtype) for x in (key, value))
-    options = {"lengths": ints(290, 73), "query_lengths": ints(72, 40)}
-    scales = {"key_scale": jnp.array([0.7, 1.5]), "value_scale": jnp.array([2.0, 0.5])}
-    pages = paged(key, value, options["lengths"], page_size)
-    with testing.interpret():
-        out = paged_prefill_attention(
-            query,
-            *pages,
-            options["lengths"],
-            query_lengths=options["query_lengths"],
-            **scales,
-            num_sms=3,
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def narrow_operands(lengths, kv_heads, page_size, dim, dtype, scales):
+    """Pools of narrow pages and their scales, what no sequence has written NaN; and keys and values [B, S, K, H]."""
+    rng = np.random.default_rng(page_size + dim)
+    batch, count = len(lengths), -(-max(lengths) // page_size)
+    pool = batch * count + 3
+    table = rng.permutation(pool)[: batch * count].reshape(batch, count).astype(np.int32)
+    written = np.zeros((pool, 1, page_size), bool)
+    for row, length in zip(table, lengths, strict=True):
+        written[row, 0] = (np.arange(count * page_size) < length).reshape(count, page_size)
+    shape, arrays, dense = (pool, kv_heads, page_size), {}, []
+    for name in ("key", "value"):
+        if dtype == "nvfp4":
+            codes = rng.integers(0, 256, (*shape, dim // 2), np.uint8)
+            block = rng.uniform(2**-6, 0.5, (*shape, dim // 16)).astype(np.float32)
+            block = np.where(written[..., None], block, np.nan).astype(jnp.float8_e4m3fn)
+            numbers = E2M1[np.stack([codes % 16, codes // 16], axis=-1).reshape(*shape, dim)]
+            numbers = numbers * np.repeat(block.astype(np.float32), 16, axis=3)
+            arrays[f"{name}_block_scale"] = block
+        else:
+            numbers = rng.standard_normal((*shape, dim), np.float32)
+            codes = np.where(written[..., None], numbers, np.nan).astype(jnp.dtype(dtype))
+            numbers = codes.astype(np.float32)
+        scale_shape = {"head": shape[1:2], "page": shape[:2], "token": shape}[scales]
+        low, high = (0.5, 1.5) if scales == "head" or name == "key" else (1e-6, 2e-4)
+        scale = rng.uniform(low, high, scale_shape).astype(np.float32)
+        if scales == "token":
+            scale = np.where(written, scale, np.nan)
+        spread = scale.reshape(
+            {"head": (1, -1, 1, 1), "page": (*shape[:2], 1, 1)}.get(scales, (*shape, 1))
         )
-    key, value = (
-        np.asarray(x, np.float32) * np.asarray(scales[name])[:, None]
-        for x, name in ((key, "key_scale"), (value, "value_scale"))
-    )
-    expected = reference(query, key, value, options=options)
+        found = np.moveaxis((numbers * spread)[table], 3, 2)
+        dense.append(np.nan_to_num(found.reshape(batch, count * page_size, kv_heads, dim)))
+        arrays |= {f"{name}_pages": codes, f"{name}_scale": scale}
+    return {k: jnp.asarray(v) for k, v in arrays.items()} | {
+        "page_table": jnp.asarray(table)
+    }, dense
+
+
+NARROW_CASES = [
+    ("float8_e4m3fn", 32, 128, "head"),
+    ("float8_e5m2", 128, 64, "page"),
+    ("float8_e4m3fn", 64, 256, "token"),
+    ("float8_e4m3fn", 16, 64, "token"),
+    ("float8_e5m2", 192, 128, "page"),
+    ("nvfp4", 16, 128, "head"),
+    ("nvfp4", 32, 64, "page"),
+    ("nvfp4", 256, 128, "page"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "page_size", "dim", "scales"), NARROW_CASES)
+def test_narrow_pages(dtype, page_size, dim, scales):
+    query = operands(2, 72, 8, 2, 2, dim)[0]
+    options = {"lengths": ints(290, 73), "query_lengths": ints(72, 40)}
+    pages, dense = narrow_operands((290, 73), 2, page_size, dim, dtype, scales)
+    with testing.interpret():
+        out = paged_prefill_attention(query, **pages, **options, num_sms=3)
+    expected = reference(query, *dense, options=options)
     assert out.dtype == jnp.bfloat16
+    assert np.isfinite(np.asarray(out, np.float32)).all()
     assert relative_error(out, expected, options["query_lengths"]) <= TOLERANCE
 
 
@@ -256,13 +294,21 @@ def test_ptxas_neither_spills_nor_serializes():
         (16, 128, "bfloat16"),
         (128, 128, "bfloat16"),
         (16, 64, "float8_e4m3fn"),
-        (64, 128, "float8_e4m3fn"),
         (16, 256, "float8_e5m2"),
     ):
         query, key, value = operands(1, 256, 256, 2, 1, dim)
         pages = paged(key.astype(dtype), value.astype(dtype), ints(0), page_size)
         args = (query, *pages, ints(0))
         jobs.append((lambda *a: paged_prefill_attention(*a, num_sms=132), args))
+    for dtype, page_size, dim, scales in NARROW_CASES:
+        pages, _ = narrow_operands((9,), 1, page_size, dim, dtype, scales)
+        names, query = list(pages), operands(1, 256, 8, 2, 1, dim)[0]
+
+        def call(query, lengths, *values, names=names):
+            pages = dict(zip(names, values, strict=True))
+            return paged_prefill_attention(query, lengths=lengths, **pages, num_sms=132)
+
+        jobs.append((call, (query, ints(9), *pages.values())))
     for (report,) in testing.ptxas_reports(jobs):
         report.check()
         assert report.stack_bytes == 0
@@ -298,4 +344,16 @@ def test_gpu_reads_pages(page_size, dtype):
         query, *pages, options["lengths"], query_lengths=options["query_lengths"]
     )
     expected = reference(query, key, value, options=options)
+    assert relative_error(out, expected, options["query_lengths"]) <= TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "page_size", "dim", "scales"), NARROW_CASES)
+def test_gpu_reads_narrow_pages(dtype, page_size, dim, scales):
+    query = operands(2, 256, 8, 4, 2, dim)[0]
+    options = {"lengths": ints(890, 200), "query_lengths": ints(256, 199)}
+    pages, dense = narrow_operands((890, 200), 2, page_size, dim, dtype, scales)
+    out = jax.jit(paged_prefill_attention)(query, **pages, **options)
+    expected = reference(query, *dense, options=options)
+    assert np.isfinite(np.asarray(out, np.float32)).all()
     assert relative_error(out, expected, options["query_lengths"]) <= TOLERANCE
