@@ -24,6 +24,7 @@ from qjax.pallas_kernels import _paged_attention_registers_sm90 as reg
 THREADS = 128
 PER_THREAD = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 _TARGET_SWIZZLE = 128
+_BATCH = 4  # of 16 bytes, loaded before any is widened
 
 
 def tile_unit(storage: reg.Storage) -> float:
@@ -147,7 +148,7 @@ def _reference_values(stored: Array, block_scales: Array | None, storage: reg.St
 
 
 class _Widening:
-    """The instructions of `widen`; each thread has `tokens`-th part of 128 of a token's channels."""
+    """The instructions of `widen`: a thread has the channels of a token, or half of them."""
 
     def __init__(
         self, source, target, tokens, storage, *, valid=None, scale=None, block_scales=None
@@ -194,50 +195,59 @@ class _Widening:
 
     def emit(self) -> None:
         chunks = self.channels * self.storage.bits // 128
-        loaded = []
-        for i in range(chunks):
-            at = _chunk_address(self.source, i, self.storage.swizzle)
-            words = reg.shared_words(at, 0, 4)
-            if self.seen is not None:
-                words = [arith.select(self.seen, word, reg.i32(0)) for word in words]
-            loaded += words
-        wide = self._four_bits(loaded) if self.storage.bits == 4 else self._eight_bits(loaded)
-        for i, words in enumerate(wide):
-            at = _chunk_address(self.target, i, _TARGET_SWIZZLE)
-            utils.inline_ptx(
-                "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", at, *words, has_side_effects=True
-            )
+        if self.storage.bits == 4:
+            self._load_block_scales()
+        at = 0
+        for first in range(0, chunks, _BATCH):
+            loaded = []
+            for i in range(first, min(first + _BATCH, chunks)):
+                words = reg.shared_words(_chunk_address(self.source, i, self.storage.swizzle), 0, 4)
+                if self.seen is not None:
+                    words = [arith.select(self.seen, word, reg.i32(0)) for word in words]
+                loaded += words
+            widen = self._four_bits if self.storage.bits == 4 else self._eight_bits
+            for words in widen(loaded, 4 * first):
+                address = _chunk_address(self.target, at, _TARGET_SWIZZLE)
+                text = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
+                utils.inline_ptx(text, address, *words, has_side_effects=True)
+                at += 1
 
-    def _eight_bits(self, loaded):
+    def _eight_bits(self, loaded, first):
         """Sixteen bytes of float16 after each other."""
+        del first
         for i in range(0, len(loaded), 2):
             words = [
                 pair for w in loaded[i : i + 2] for pair in reg.widen_bytes(w, self.storage.dtype)
             ]
             yield words if self.factor is None else [_times(w, self.factor) for w in words]
 
-    def _four_bits(self, loaded):
+    def _load_block_scales(self) -> None:
+        """FP4's scales, two to a word, and what each is to be multiplied by."""
         count = self.channels // reg.SCALE_BLOCK  # scales of this thread
-        first = arith.addi(
+        at = arith.addi(
             arith.muli(self.row, reg.i32(self.storage.dim // reg.SCALE_BLOCK)),
             arith.muli(self.part, reg.i32(count)),
         )
         i32 = ir.IntegerType.get_signless(32)
-        base = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(self.block_scales)), first)
-        scales = []
-        for word in reg.shared_words(base, 0, count // 4):
+        at = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(self.block_scales)), at)
+        self.scales = []
+        for word in reg.shared_words(at, 0, count // 4):
             if self.seen is not None:
                 word = arith.select(self.seen, word, reg.i32(0))
-            scales += reg.widen_bytes(word, "float8_e4m3fn")
+            self.scales += reg.widen_bytes(word, "float8_e4m3fn")
         # Codes come out 2^-14 times too small; 2^7 of it is `tile_unit`.
-        unit = utils.c(0x58005800, i32)  # 2^7, twice
-        factor = unit if self.factor is None else _times(self.factor, unit)
-        for i, word in enumerate(loaded):
+        unit = reg.i32(0x58005800)  # 2^7, twice
+        self.factor = unit if self.factor is None else _times(self.factor, unit)
+
+    def _four_bits(self, loaded, first):
+        """Sixteen bytes of float16 after each other; `first` is the number of words before these."""
+        for i, word in enumerate(loaded, first):
             block = i // 2
+            pair = self.scales[block // 2]
+            selector = reg.i32(0x3232 if block % 2 else 0x1010)
             if i % 2 == 0:
-                selector = reg.i32(0x3232 if block % 2 else 0x1010)
-                scale = _times(_bytes_of(scales[block // 2], scales[block // 2], selector), factor)
-            yield [_times(pair, scale) for pair in _pairs_of_codes(word)]
+                scale = _times(_bytes_of(pair, pair, selector), self.factor)
+            yield [_times(codes, scale) for codes in _pairs_of_codes(word)]
 
 
 def _pairs_of_codes(word: ir.Value) -> list[ir.Value]:
