@@ -167,7 +167,7 @@ def paged_decode_attention(
     value_block_scale: Array | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
-    soft_cap: float | None = None,
+    logit_soft_cap: float | None = None,
     sinks: Array | None = None,
     splits: int | None = None,
     stages: int | None = None,
@@ -188,7 +188,7 @@ def paged_decode_attention(
         value_block_scale: Likewise.
         scale: Default 1/sqrt(H).
         sliding_window: Only the last this many tokens are seen.
-        soft_cap: Logits become soft_cap * tanh(logits / soft_cap).
+        logit_soft_cap: Logits become cap * tanh(logit / cap).
         sinks: float32 [N]: logits that take part in the softmax and carry no value.
         splits: Parts of the context; default `choose_splits`.
         stages: Tiles on their way or in use; default `ring_stages`.
@@ -218,7 +218,7 @@ def paged_decode_attention(
         stages=default_stages if stages is None else stages,
         window=sliding_window,
         logit_scale=float(dim**-0.5 if scale is None else scale),
-        soft_cap=soft_cap,
+        soft_cap=logit_soft_cap,
         sinks=sinks is not None,
     )
     if splits is None:

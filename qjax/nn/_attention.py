@@ -79,6 +79,7 @@ def attend(
     value_dim: int | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
+    logit_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], LayerCache | None]:
@@ -95,21 +96,25 @@ def attend(
         value_dim: See `qjax.ops.paged_attention`.
         scale: Factor on the logits, default 1/sqrt(H).
         sliding_window: See `qjax.ops.dot_product_attention`.
+        logit_soft_cap: See `qjax.ops.dot_product_attention`.
         sinks: See `qjax.ops.dot_product_attention`.
         implementation: See `qjax.ops`.
     """
     if heads.repeat > 1:
         key = jnp.repeat(key, heads.repeat, axis=2)
         value = None if value is None else jnp.repeat(value, heads.repeat, axis=2)
-    options = {"scale": scale, "sliding_window": sliding_window, "implementation": implementation}
+    options = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "logit_soft_cap": logit_soft_cap,
+        "implementation": implementation,
+    }
 
     def local(query, key, value, tokens, cache, sinks):
+        stand = {"positions": tokens.positions, "lengths": tokens.lengths, "sinks": sinks}
         if cache is None:
             v = key[..., :value_dim] if value is None else value
-            positions = tokens.positions
-            return dot_product_attention(
-                query, key, v, positions=positions, sinks=sinks, **options
-            ), None
+            return dot_product_attention(query, key, v, **stand, **options), None
         where = (tokens.page_table, tokens.positions, tokens.valid)
         cache = LayerCache(
             write(cache.key, *where, key),
@@ -120,9 +125,8 @@ def attend(
             cache.key,
             cache.value,
             tokens.page_table,
-            positions=tokens.positions,
             value_dim=value_dim,
-            sinks=sinks,
+            **stand,
             **options,
         )
         return out, cache
@@ -158,6 +162,7 @@ class Attention(nnx.Module):
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
         sliding_window: int | None = None,
+        logit_soft_cap: float | None = None,
         sinks: bool = False,
     ):
         """Builds the layer with abstract parameters.
@@ -174,6 +179,7 @@ class Attention(nnx.Module):
             output_bias: Whether o_proj has one.
             qk_norm_eps: Epsilon of the norms on each query and key head (Qwen3), None for no norms.
             sliding_window: Positions that a token sees, itself included; None for all.
+            logit_soft_cap: Logits become cap * tanh(logit / cap) (Gemma 2); None for no cap.
             sinks: Whether each head has a sink logit (GPT-OSS).
         """
         self.heads = HeadSharding.plan(context.sharding, num_heads, num_kv_heads)
@@ -199,6 +205,7 @@ class Attention(nnx.Module):
         self.v_scale = KVScale(jnp.ones((num_kv_heads,), jnp.float32))
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope, self.sliding_window = rope, sliding_window
+        self.logit_soft_cap = logit_soft_cap
         self.sharding, self.implementation = context.sharding, context.implementation
         self.fake_kv_cache: KVCacheFormat | None = None  # while it trains: `qjax.qat.prepare`
 
@@ -242,6 +249,7 @@ class Attention(nnx.Module):
             sharding=self.sharding,
             heads=self.heads,
             sliding_window=self.sliding_window,
+            logit_soft_cap=self.logit_soft_cap,
             sinks=None if self.sinks is None else self.sinks.get_value(),
             implementation=self.implementation,
         )

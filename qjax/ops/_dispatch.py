@@ -56,12 +56,13 @@ def choose(op: str, implementation: str | None, reason: str | None) -> Implement
         raise ValueError(f"{op}: the pallas_mosaic_gpu kernel can't run: {reason}")
     if _required.get():
         raise ValueError(f"{op}: kernels are required and there is none for this call: {reason}")
-    _log_fallback(op, reason)
+    log_fallback(op, reason)
     return "xla"
 
 
 @functools.cache
-def _log_fallback(op: str, reason: str) -> None:
+def log_fallback(op: str, reason: str) -> None:
+    """Says once that XLA runs something, and why."""
     _log.info("%s runs through XLA: %s", op, reason)
 
 

@@ -41,7 +41,7 @@ class Case:
 
     @property
     def options(self):
-        names = dict(sliding_window=self.window, soft_cap=self.soft_cap, splits=self.splits)
+        names = dict(sliding_window=self.window, logit_soft_cap=self.soft_cap, splits=self.splits)
         return {k: v for k, v in names.items() if v is not None}
 
 

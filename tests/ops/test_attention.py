@@ -10,7 +10,7 @@ import pytest
 import qjax
 from qjax import QArray, Sharding, dot_product_attention, make_mesh, paged_attention, testing
 from qjax.kv_cache import LayerShape, create, page_format, write
-from qjax.ops._attention import unsupported_reason
+from qjax.ops._attention_kernels import paged_kernel
 from qjax.ops._dispatch import simulate_gpu
 from qjax.quantization import Grid, compute_grid, quantize
 from qjax.recipe import KV_CACHE_FORMATS, KVCacheFormat, kv_cache_format
@@ -205,22 +205,97 @@ def test_several_queries_and_positions_past_the_cache():
     assert np.linalg.norm(out - expected) <= 4e-3 * np.linalg.norm(expected)
 
 
-def test_what_the_decode_kernel_refuses():
+def relative_error(out, expected):
+    out, expected = (np.asarray(x, np.float32) for x in (out, expected))
+    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["bfloat16", "fp8_e4m3", "fp8_e4m3_head", "fp8_e4m3_token_head", "fp8_e5m2", "nvfp4"]
+)
+def test_prefill_kernel_equals_the_reference(name):
+    """A chunk after a prefix, one that ends in padding, and more positions than the cache has."""
+    tokens = jnp.asarray([64, 20])
+    pools, table = written_cache(name, tokens=tokens)
+    q = normal(2, 12, 6, 64, seed=5).astype(jnp.bfloat16)
+    start = jnp.asarray([53, 17])
+    options = dict(positions=start[:, None] + jnp.arange(12)[None], lengths=jnp.asarray([65, 20]))
+    options |= dict(sliding_window=50, sinks=normal(6), logit_soft_cap=5.0, scale=0.2)
+    expected = paged_attention(q, *pools, table, implementation="xla", **options)
+    with kernels():
+        out = jax.jit(lambda *args: paged_attention(*args, **options))(q, *pools, table)
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    for row, count in enumerate((12, 3)):
+        assert relative_error(out[row, :count], expected[row, :count]) <= 4e-3
+
+
+def test_dense_kernel_equals_the_reference_and_has_its_gradient(caplog):
+    q, k, v = (normal(2, 20, n, 64, seed=n).astype(jnp.bfloat16) for n in (4, 2, 1))
+    v = jnp.repeat(v, 2, axis=2)
+    sinks = normal(4).astype(jnp.bfloat16)
+
+    def loss(implementation, q, k, v, sinks):
+        lengths = jnp.asarray([20, 7])
+        out = dot_product_attention(
+            q, k, v, lengths=lengths, sinks=sinks, logit_soft_cap=3.0, implementation=implementation
+        )
+        real = jnp.arange(20)[None] < lengths[:, None]
+        return jnp.sum(jnp.where(real[..., None, None], out.astype(jnp.float32), 0) ** 2), out
+
+    def both(implementation):
+        step = jax.value_and_grad(
+            lambda *a: loss(implementation, *a), argnums=(0, 1, 2, 3), has_aux=True
+        )
+        return jax.jit(step)(q, k, v, sinks)
+
+    (_, expected), wanted = both("xla")
+    with kernels(), caplog.at_level("INFO", "qjax"):
+        (_, out), gradients = both(None)
+    for row, count in enumerate((20, 7)):
+        assert relative_error(out[row, :count], expected[row, :count]) <= 4e-3
+    for gradient, other in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        assert relative_error(gradient, other) <= 1e-2
+    assert "the gradient of dot_product_attention runs through XLA: no kernel yet" in caplog.text
+
+
+def test_soft_cap_bounds_the_logits():
+    q, k, v = normal(B, T, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, 5, seed=2)
+    capped = dot_product_attention(100 * q, k, v, logit_soft_cap=2.0)
+    logits = np.einsum("btnh,bsnh->bnts", 100 * q, np.repeat(k, N // K, 2)) * H**-0.5
+    logits = np.where(np.tri(T, dtype=bool), 2 * np.tanh(logits / 2), -np.inf)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.einsum("bnts,bsnh->btnh", weights, np.repeat(v, N // K, 2))
+    np.testing.assert_allclose(capped, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_kernels_refuse():
     pools, table = written_cache("fp8_e4m3", tokens=jnp.asarray([9, 9]))
     q = normal(2, 1, 4, 64).astype(jnp.bfloat16)
-    assert "not an NVIDIA GPU" in unsupported_reason(q, *pools)
+    assert "not an NVIDIA GPU" in paged_kernel(q, *pools)[1]
     positions = jnp.full((2, 1), 8)
     with pytest.raises(ValueError, match="paged_attention: the pallas_mosaic_gpu kernel can't run"):
         paged_attention(q, *pools, table, positions=positions, implementation="pallas_mosaic_gpu")
+
+    def reason(*args):
+        kernel, found = paged_kernel(*args)
+        assert kernel is None
+        return found
+
     with simulate_gpu():
-        assert unsupported_reason(q, *pools) is None
-        assert "latent attention" in unsupported_reason(q, pools[0], None)
-        assert "at most 8 queries" in unsupported_reason(jnp.zeros((2, 9, 4, 64), q.dtype), *pools)
-        assert "found float8_e4m3fn and float32" in unsupported_reason(q.astype("float32"), *pools)
+        assert paged_kernel(q, *pools) == ("decode", None)
+        assert paged_kernel(jnp.zeros((2, 9, 4, 64), q.dtype), *pools) == ("prefill", None)
+        # 8 queries of 16 heads each are too many rows for the decode kernel.
+        assert paged_kernel(jnp.zeros((2, 8, 32, 64), q.dtype), *pools) == ("prefill", None)
+        assert "latent attention" in reason(q, pools[0], None)
+        assert "found float8_e4m3fn and float32" in reason(q.astype("float32"), *pools)
+        many = jnp.zeros((2, 9, 4, 64), jnp.float32)
+        assert "queries, keys and values must be one of" in reason(many, *pools)
         plain = jnp.zeros(pools[0].shape, q.dtype)
         nvfp4, _ = written_cache("nvfp4", tokens=jnp.asarray([9, 9]), page_size=16)
-        assert "pages of 2048 numbers or a multiple; found 64" in unsupported_reason(q, *nvfp4)
-        assert "must be stored alike" in unsupported_reason(q, plain, pools[1])
-        assert "the same shape" in unsupported_reason(q, plain[..., :32], plain)
+        assert "pages of 2048 numbers or a multiple; found 64" in reason(q, *nvfp4)
+        assert "must be stored alike" in reason(q, plain, pools[1])
+        assert "as many pages, heads and tokens" in reason(q, plain[:, :, :16], plain)
+        assert "head_dim must be one of (64, 80" in reason(q[..., :32], *[plain[..., :32]] * 2)
         with qjax.require_kernels(), pytest.raises(ValueError, match="kernels are required"):
             paged_attention(q, pools[0], None, table, positions=positions, value_dim=32)
