@@ -15,8 +15,12 @@ from qjax.quantization import Grid, compute_grid, quantize
 from qjax.recipe import KVCacheFormat
 from qjax.sharding import Sharding
 
-PAGE_SIZE = 16
-"""Default tokens per page: small enough to waste little, a multiple of 8 for the kernels."""
+PAGE_SIZE = 64
+"""Default tokens per page, one that every attention kernel takes with every format and head size that it takes.
+
+Smaller pages waste less of a sequence's last one, but a prefill tile of 128 tokens takes more copies; and NVFP4's block
+scales of a page must fill rows of 128 bytes, which takes 32 tokens of 64 channels.
+"""
 
 
 @jax.tree_util.register_dataclass

@@ -134,10 +134,10 @@ def test_padding_is_not_written(name):
 def test_sizes_and_refusals():
     layers = [LayerShape(2, 64, 64)] * 3
     plain = create(4, 100, layers, kv_cache_format("bfloat16"))
-    assert plain.page_size == 16 and plain.max_len == 112
-    assert plain.nbytes == 3 * 2 * 4 * 112 * 2 * 64 * 2
+    assert plain.page_size == 64 and plain.max_len == 128
+    assert plain.nbytes == 3 * 2 * 4 * 128 * 2 * 64 * 2
     half = create(4, 100, layers, kv_cache_format("fp8_e4m3"))
-    assert half.nbytes == plain.nbytes // 2 + 3 * 2 * 28 * 2 * 4
+    assert half.nbytes == plain.nbytes // 2 + 3 * 2 * 8 * 2 * 4
     with pytest.raises(ValueError, match="page_size a multiple of 8"):
         create(1, 10, layers, kv_cache_format("bfloat16"), page_size=12)
     with pytest.raises(ValueError, match="unknown KV-cache format 'int3'"):
@@ -147,10 +147,22 @@ def test_sizes_and_refusals():
     assert all(kv_cache_format(name) is f for name, f in KV_CACHE_FORMATS.items())
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", [n for n in KV_CACHE_FORMATS if n != "float32"])
+def test_the_default_page_size_suits_the_kernels(name, dim):
+    cache = create(1, 100, [LayerShape(2, dim, dim)], kv_cache_format(name)).layers[0]
+    dtype = "float16" if name == "float16" else "bfloat16"
+    with simulate_gpu():
+        for steps, kernel in ((1, "decode"), (100, "prefill")):
+            q = jnp.zeros((1, steps, 4, dim), dtype)
+            assert paged_kernel(q, cache.key, cache.value) == (kernel, None)
+
+
 def test_pages_are_cut_over_batch_and_heads():
     sharding = Sharding(make_mesh("tensor=2,data=2"))
     layers = [LayerShape(2, 64, 64, "tensor")]
-    cache = create(4, 32, layers, kv_cache_format("fp8_e4m3"), sharding=sharding)
+    format = kv_cache_format("fp8_e4m3")
+    cache = create(4, 32, layers, format, sharding=sharding, page_size=16)
     pages = cache.layers[0].key.qvalue
     assert pages.addressable_shards[0].data.shape == (4, 1, 16, 64)
     np.testing.assert_array_equal(cache.page_table, [[0, 1], [2, 3], [0, 1], [2, 3]])
