@@ -9,6 +9,7 @@ times whole optimizer steps over layers of Llama-3.1-8B's shape beside the same 
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import math
@@ -33,7 +34,8 @@ from qjax.models import llama
 from qjax.sharding import Sharding
 from qjax.tokenizer import Tokenizer
 
-RECIPES = ("W4A16", "MXFP4A16", "int2_1x32")
+# Learning rates: two bits move a weight only in large steps.
+RECIPES = {"none": 2e-4, "W4A16": 2e-4, "MXFP4A16": 2e-4, "int2_1x32": 1e-3}
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -54,20 +56,23 @@ STEP_RECIPES = ("W4A16", "MXFP4A16", "FP8_BLOCK", "W4A8")
 def recover(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A record per recipe: perplexities of the held-out text, and the share of the gap that was recovered."""
     runs = {recipe: args.out / recipe for recipe in ("none", *args.recipes)}
-    options = ["--data", args.data, "--steps", str(args.steps), "--batch", str(args.batch)]
-    options += ["--lr", str(args.lr), "--eval-every", str(args.eval_every), "--quiet"]
-    options += ["--model", args.model] if args.model else []
-    script = str(Path(finetune_qat.__file__))
-    commands = {
-        recipe: [sys.executable, script, "--recipe", recipe, "--out", str(out), *options]
-        for recipe, out in runs.items()
-    }
     control = args.out / "control"
-    commands["none"] += ["--export", str(control), "--export-format", "f32"]
-    waiting = {r: subprocess.Popen(c, stdout=subprocess.DEVNULL) for r, c in commands.items()}
-    for recipe, process in waiting.items():
-        if process.wait():
+
+    def train(recipe: str) -> None:
+        if finished(runs[recipe], args.steps) and (recipe != "none" or control.exists()):
+            return
+        command = [sys.executable, str(Path(finetune_qat.__file__)), "--recipe", recipe]
+        command += ["--out", str(runs[recipe]), "--data", args.data, "--steps", str(args.steps)]
+        command += ["--batch", str(args.batch), "--eval-every", str(args.eval_every), "--quiet"]
+        command += ["--lr", str(args.lr or RECIPES.get(recipe, RECIPES["none"]))]
+        command += ["--model", args.model] if args.model else []
+        if recipe == "none":
+            command += ["--export", str(control), "--export-format", "f32"]
+        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
             raise SystemExit(f"bench_qat: the run of {recipe} failed")
+
+    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+        list(pool.map(train, runs))
     curves = {r: [json.loads(x) for x in (o / "curve.jsonl").open()] for r, o in runs.items()}
     found = {r: [c for c in curve if "eval_perplexity" in c] for r, curve in curves.items()}
     trained = found["none"][-1]["eval_perplexity"]
@@ -97,6 +102,13 @@ def recover(args: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
+def finished(run: Path, steps: int) -> bool:
+    """Whether an earlier call made all steps of this run, so that it need not be repeated."""
+    curve = run / "curve.jsonl"
+    lines = [json.loads(x) for x in curve.open()] if curve.exists() else []
+    return any(x["step"] == steps and "eval_perplexity" in x for x in lines)
+
+
 def perplexity_of(args: argparse.Namespace, folder: Path, recipe: str) -> float:
     """Held-out perplexity of a folder's weights rounded to nearest."""
     own = finetune_qat.parse(["--data", args.data, "--recipe", recipe, "--out", "unused"])
@@ -121,7 +133,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot(*zip(*r["control_curve"], strict=True), color="0.4", label="control, bf16")
         axes.plot(*zip(*r["curve"], strict=True), color="tab:blue", label="QAT, quantized")
         axes.axhline(r["control_rounded"], color="tab:red", ls="--", label="control, rounded")
-        axes.set(title=r["recipe"], xlabel="step", yscale="log")
+        wide = r["control_rounded"] > 10 * r["control"]
+        axes.set(title=r["recipe"], xlabel="step", yscale="log" if wide else "linear")
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("held-out perplexity")
     figure.savefig(path, dpi=150)
@@ -196,11 +209,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     one.set_defaults(run=recover)
     one.add_argument("--model", help="folder, hub id or GGUF file (default: SmolLM2-135M-Instruct)")
     one.add_argument("--data", default="kjv", help="as finetune_qat's")
-    one.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    one.add_argument("--recipes", nargs="+", default=RECIPES)
+    one.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs; finished ones count"
+    )
+    one.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r != "none"])
     one.add_argument("--steps", type=int, default=200)
     one.add_argument("--batch", type=int, default=32)
-    one.add_argument("--lr", type=float, default=2e-4)
+    one.add_argument("--lr", type=float, help="default: each recipe's own")
+    one.add_argument("--parallel", type=int, default=1, help="runs that share the GPU")
     one.add_argument("--eval-every", type=int, default=25)
     one.add_argument("--plot", type=Path, help="PNG of the curves")
     two = commands.add_parser("steps")
