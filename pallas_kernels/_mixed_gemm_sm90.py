@@ -101,6 +101,7 @@ def launch(
         group_size=group_size,
         zero=zero,
         counts=(row_tiles, column_tiles, pl.cdiv(k, config.step), clusters),
+        alone=config.rounds(m, n, clusters)[0],
     )
 
     def kernel(*refs, **scratch):
@@ -123,27 +124,37 @@ def launch(
     )(*operands.values())[0]
 
 
-def _kernel(gmem, outputs, smem, *, streams, config: TileConfig, element, group_size, zero, counts):
+def _kernel(
+    gmem, outputs, smem, *, streams, config: TileConfig, element, group_size, zero, counts, alone
+):
     row_tiles, column_tiles, steps, clusters = counts
     full, empty, x_smem = smem["full"], smem["empty"], smem["x_smem"]
     wg, cluster, split = (lax.axis_index(name) for name in ("wg", "cluster", "split"))
-    my_tiles = (row_tiles * column_tiles - cluster + clusters - 1) // clusters
+    ctas = clusters * config.splits
+    cut = row_tiles * column_tiles - alone * ctas
+    my_tiles = alone + (cut - cluster + clusters - 1) // clusters
     begin, end = split * steps // config.splits, (split + 1) * steps // config.splits
     step_groups = config.step // group_size if "scale" in streams else 1
     unit = UNITS[ELEMENTS[element]]
     warpgroups = config.blocks * config.parts
 
     def tile(i):
-        """First block of rows and first token of this cluster's i-th tile."""
-        row, column = plgpu.planar_snake(cluster + i * clusters, (row_tiles, column_tiles), 0, 8)
-        return row * config.blocks, column * config.columns
+        """First block of rows, first token, first and last step of this CTA's i-th tile."""
+        index, steps_of = cluster + i * clusters, (begin, end)
+        if alone:
+            is_cut, last = i >= alone, alone * ctas - alone * clusters
+            index = lax.select(is_cut, index + last, (cluster * config.splits + split) + i * ctas)
+            whole = jnp.int32(0), jnp.int32(steps)
+            steps_of = tuple(lax.select(is_cut, a, b) for a, b in zip(steps_of, whole, strict=True))
+        row, column = plgpu.planar_snake(index, (row_tiles, column_tiles), 0, 8)
+        return row * config.blocks, column * config.columns, *steps_of
 
     @pl.when(wg == warpgroups)
     def producer():
         plgpu.set_max_registers(40, action="decrease")
 
         def load_tile(i, count):
-            row, column = tile(i)
+            row, column, begin, end = tile(i)
             rows = pl.ds(row, config.blocks)
 
             def load_step(step, count):
@@ -205,7 +216,7 @@ def _kernel(gmem, outputs, smem, *, streams, config: TileConfig, element, group_
             return spread(row_values(minimum_ref)) * sums
 
         def multiply_tile(i, count):
-            row, column = tile(i)
+            row, column, begin, end = tile(i)
             # A warpgroup past the last row computes rows that TMA does not store.
             block = lax.min(row + mine, gmem["codes"].shape[0] - 1)
             row_zero = None
@@ -223,8 +234,8 @@ def _kernel(gmem, outputs, smem, *, streams, config: TileConfig, element, group_
                     zero_point = row_zero
                     if "zero_point" in streams:
                         zero_point = row_values(smem["zero_point_smem"].at[slot, mine, group])
-                    begin, end = first // unit, -(-(first + width) // unit)
-                    units = pl.ds(k_part * (config.depth // unit) + begin, end - begin)
+                    low, high = first // unit, -(-(first + width) // unit)
+                    units = pl.ds(k_part * (config.depth // unit) + low, high - low)
                     codes = smem["codes_smem"].at[slot, mine, units]
                     weights = dequantize(
                         plgpu.load(codes, layout=words_layout(codes.shape)),
@@ -265,10 +276,16 @@ def _kernel(gmem, outputs, smem, *, streams, config: TileConfig, element, group_
                     total = total + spread(row_values(gmem["bias"].at[block]))
                 _store(total, smem["out_smem"].at[mine], outputs[0], column, (row + mine) * BLOCK)
 
-            def add_splits(total):
+            def finish(total):
                 if config.splits == 1:
                     store(total)
-                    return
+                elif alone:
+                    pl.when(i < alone)(lambda: store(total))
+                    pl.when(i >= alone)(lambda: add_splits(total))
+                else:
+                    add_splits(total)
+
+            def add_splits(total):
                 sums = outputs[1].at[cluster, lax.rem(i, 2)]
                 sums.at[split, mine][...] = total
                 _fence()
@@ -285,7 +302,7 @@ def _kernel(gmem, outputs, smem, *, streams, config: TileConfig, element, group_
                     store(functools.reduce(jnp.add, values))
 
             if config.parts == 1:
-                add_splits(total)
+                finish(total)
                 return count
 
             @pl.when(k_part > 0)
@@ -305,7 +322,7 @@ def _kernel(gmem, outputs, smem, *, streams, config: TileConfig, element, group_
                     for p in range(config.parts - 1)
                 ]
                 plgpu.barrier_arrive(smem["taken"].at[mine])
-                add_splits(functools.reduce(jnp.add, values, total))
+                finish(functools.reduce(jnp.add, values, total))
 
             return count
 

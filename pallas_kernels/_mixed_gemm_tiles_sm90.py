@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 from jax.experimental import pallas as pl
 
@@ -24,6 +25,8 @@ class TileConfig:
         depth: Columns of K in a stage for each part, 128 or 256.
         stages: Pipeline stages.
         splits: CTAs of a cluster (1, 2 or 4), each with a part of K.
+        tail: Whether a cluster's CTAs take whole tiles of their own while there is one for every CTA, and cut only
+            the rest.
     """
 
     columns: int
@@ -32,6 +35,7 @@ class TileConfig:
     depth: int
     stages: int
     splits: int = 1
+    tail: bool = False
 
     @property
     def rows(self) -> int:
@@ -42,6 +46,12 @@ class TileConfig:
     def step(self) -> int:
         """Columns of K in a pipeline stage."""
         return self.depth * self.parts
+
+    def rounds(self, m: int, n: int, clusters: int) -> tuple[int, int]:
+        """Tiles that each CTA computes alone, and tiles that the clusters cut."""
+        tiles = pl.cdiv(n, self.rows) * pl.cdiv(m, self.columns)
+        alone = tiles // (clusters * self.splits) if self.tail else 0
+        return alone, tiles - alone * clusters * self.splits
 
     def smem_bytes(self, scale_bytes: float, *, bits: int = 4, sums: float = 0) -> float:
         """Shared memory for the stages and the epilogue.
@@ -100,6 +110,8 @@ def candidate_tiles(
         enough = splits == 1 or (k >= splits * config.step and m <= 256)
         if enough and config.smem_bytes(**size) <= MAX_SMEM:
             candidates.append(config)
+            if splits == 2 and columns == 128:  # else there are no registers for two epilogues
+                candidates.append(dataclasses.replace(config, tail=True))
     return candidates
 
 
@@ -110,16 +122,21 @@ def modelled_us(
 
     The integer instructions of dequantization set the pace of codes of up to 4 bits, bytes that of 8.
     """
-    tiles = pl.cdiv(n, config.rows) * pl.cdiv(m, config.columns)
     # Not every group of four SMs is free of others' borders.
     clusters = max(num_sms // config.splits * (3 if config.splits == 4 else 4) // 4, 1)
-    rounds = pl.cdiv(tiles, clusters)
-    steps = pl.cdiv(pl.cdiv(k, config.step), config.splits)
+    alone, cut = config.rounds(m, n, clusters)
+    if config.tail and not alone:
+        return math.inf  # the same as without
+    steps = pl.cdiv(k, config.step)
     step_us = 1.1e-5 * config.rows * config.step * (1 + 0.02 * config.columns) + 0.12
     if bits == 8:
-        step_us = max(1.5 * step_us, config.rows * config.step / 3.2e4)
+        step_us *= 1.15
     outputs = config.rows / BLOCK * config.columns
     epilogue_us = 0.012 * (config.parts - 1) * outputs
+    us = alone * (steps * step_us + epilogue_us)
     if config.splits > 1:
         epilogue_us += 0.8 + 0.0046 * config.splits * outputs
-    return 3.1 + rounds * (steps * step_us + epilogue_us)
+    us += pl.cdiv(cut, clusters) * (pl.cdiv(steps, config.splits) * step_us + epilogue_us)
+    if bits == 8:
+        us = max(us, n * k * pl.cdiv(m, config.columns) / 4.2e6)
+    return 3.1 + us

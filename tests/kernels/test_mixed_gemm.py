@@ -70,12 +70,12 @@ def relative_error(out, expected):
     return np.linalg.norm(np.asarray(out, np.float32) - expected) / np.linalg.norm(expected)
 
 
-def config(columns, blocks, parts, depth=128, splits=1):
-    return TileConfig(columns, blocks, parts, depth, 2, splits)
+def config(columns, blocks, parts, depth=128, splits=1, tail=False):
+    return TileConfig(columns, blocks, parts, depth, 2, splits, tail)
 
 
 # Group sizes below, at and above a block, zero points, short tiles in M, N and K, short groups, several tiles a CTA,
-# sums within a CTA and within a cluster.
+# sums within a CTA and within a cluster, of all tiles or the last (none).
 CASES = [
     ((3, 192, 256, 64), {}, config(8, 1, 1)),
     ((1, 320, 576, 128), {"offset": "zero_point"}, config(8, 2, 2)),
@@ -84,6 +84,8 @@ CASES = [
     ((9, 128, 512, 512), {"offset": "zero_point", "dtype": "float16"}, config(16, 2, 2)),
     ((100, 128, 256, 128), {"dtype": "float16", "scale_dtype": "float16"}, config(128, 2, 1)),
     ((3, 192, 512, 128), {}, config(8, 1, 2, splits=2)),
+    ((9, 320, 512, 128), {}, config(16, 1, 2, splits=2, tail=True)),
+    ((3, 256, 512, 64), {}, config(8, 1, 1, splits=2, tail=True)),
 ]
 
 
