@@ -1,6 +1,7 @@
 """The producer warpgroup of prefill attention: queries, keys and values from device to shared memory."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,23 +41,37 @@ class Stream:
     arrived: Any
 
 
-def token_scales(item: Item, tile, plan: Plan, table_gmem, *scales) -> tuple:
-    """Relative scales of a tile's keys and values, a thread's own token's each; none if tokens have none."""
-    if not plan.token_scales:
-        return None, None
-    *pools, key_factor, value_factor = scales
-    assert plan.page_size is not None
-    found = widening.token_scales(
-        table_gmem,
-        tuple(pools),
-        item.sequence,
-        item.kv_head,
-        lax.max(tile, 0),
-        tokens=plan.tile.keys,
-        page_size=plan.page_size,
-    )
-    factors = (key_factor[item.kv_head], value_factor[item.kv_head])
-    return tuple(x * factor for x, factor in zip(found, factors, strict=True))
+@dataclasses.dataclass(frozen=True)
+class TokenScales:
+    """What the producer needs to load the scales of tokens, or of their pages.
+
+    Attributes:
+        table: Device memory: pages of each sequence.
+        pools: Device memory: scales of keys and of values; none if they are the same for all tokens of a head.
+        factors: Device memory: what makes them relative, for each head.
+    """
+
+    table: Any
+    pools: Sequence[Any]
+    factors: Sequence[Any]
+
+    def pages(self, item: Item, tile, plan: Plan):
+        """The page of each thread's token of a tile."""
+        if not self.pools:
+            return None
+        where = (item.sequence, lax.max(tile, 0))
+        sizes = dict(tokens=plan.tile.keys, page_size=plan.page_size)
+        return widening.token_pages(self.table, *where, **sizes)
+
+    def load(self, pages, item: Item, tile, plan: Plan) -> tuple:
+        """Relative scales of keys and values, of each thread's token of a tile."""
+        if not self.pools:
+            return None, None
+        where = (pages, item.kv_head, lax.max(tile, 0))
+        sizes = dict(tokens=plan.tile.keys, page_size=plan.page_size)
+        found = widening.token_scales(tuple(self.pools), *where, **sizes)
+        factors = [factor[item.kv_head] for factor in self.factors]
+        return tuple(x * factor for x, factor in zip(found, factors, strict=True))
 
 
 def load_item(
@@ -68,7 +83,7 @@ def load_item(
     table_gmem,
     keys,
     values,
-    scales_of,
+    token_scales,
     q_smem,
     q_full,
     q_empty,
@@ -77,7 +92,14 @@ def load_item(
     rows, stages, page_size = plan.tile.keys, plan.tile.stages, plan.page_size
     count = item.last - item.first
 
-    def copy(stream, target, tile, full):
+    def pages(tile):
+        """Page numbers of a tile, None for a loop to read them. Those past the table repeat its last; masked."""
+        if page_size is None or not plan.narrow or plan.pieces > 4:
+            return None
+        first, last = lax.div(lax.max(tile, 0) * rows, page_size), table_gmem.shape[1] - 1
+        return [table_gmem[item.sequence, lax.min(first + j, last)] for j in range(plan.pieces)]
+
+    def copy(stream, target, tile, full, numbers=None):
         source = stream.source
         if page_size is None:
             part = pl.ds(tile * rows, rows)
@@ -86,15 +108,12 @@ def load_item(
         piece, last = rows // plan.pieces, table_gmem.shape[1] - 1
         offset = lax.rem(tile * rows, page_size) if page_size > rows else 0
 
-        # A bound that the compiler cannot know: unrolled, the loop would need more registers than there are.
-        @pl.loop(0, lax.select(done >= 0, plan.pieces, 0))
-        def _(j):
-            # Pages past the table repeat its last entry and are masked.
-            at = lax.min(lax.div(tile * rows, page_size) + j, last)
-            page = (table_gmem[item.sequence, at], item.kv_head)
+        def part(j, number):
+            page = (number, item.kv_head)
+            start = j * piece if isinstance(j, int) else pl.multiple_of(j * piece, piece)
             plgpu.copy_gmem_to_smem(
                 source.at[(*page, pl.ds(offset, piece))],
-                target.at[pl.ds(pl.multiple_of(j * piece, piece), piece)],
+                target.at[pl.ds(start, piece)],
                 full,
             )
             if stream.blocks is not None:
@@ -106,6 +125,17 @@ def load_item(
                     full,
                 )
 
+        if numbers is not None:
+            for j, number in enumerate(numbers):
+                part(j, number)
+            return
+
+        # A bound that the compiler cannot know: unrolled, the loop would need more registers than there are.
+        @pl.loop(0, lax.select(done >= 0, plan.pieces, 0))
+        def _(j):
+            at = lax.min(lax.div(tile * rows, page_size) + j, last)
+            part(j, table_gmem[item.sequence, at])
+
     def load(stream: Stream, j, scale, clean: bool):
         """Tile j from the last; `clean` zeroes the tokens past the sequence's end, which may be NaN."""
         at, tile = done + j, item.last - 1 - j
@@ -113,10 +143,13 @@ def load_item(
         target, full = stream.tiles.at[slot], stream.full.at[slot]
         valid = item.length - tile * rows
 
+        following = pages(tile - 1)  # on their way before their turn
+
         @pl.when(at >= stages)
         def _():
             plgpu.barrier_wait(stream.empty.at[slot])
-            plgpu.commit_smem()  # orders reads by the math warpgroups before the TMA's writes
+            if not plan.narrow:
+                plgpu.commit_smem()  # orders reads by the math warpgroups before the TMA's writes
 
         def change():
             """Takes the tile that arrived from where it is to `target`, and tells the others."""
@@ -136,7 +169,7 @@ def load_item(
 
             @pl.when(j + 1 < count)
             def _():
-                copy(stream, stream.narrow, tile - 1, stream.arrived)
+                copy(stream, stream.narrow, tile - 1, stream.arrived, following)
 
         elif clean:
 
@@ -155,7 +188,9 @@ def load_item(
     if plan.narrow:
         for stream in (keys, values):
             copy(stream, stream.narrow, item.last - 1, stream.arrived)
-    scales = scales_of(item.last - 1)
+    # The pages of tokens and then their scales, two tiles and one before their turn.
+    tile = item.last - 1
+    scales = token_scales.load(token_scales.pages(item, tile, plan), item, tile, plan)
     load(keys, 0, scales[0], False)
     for wg in range(WARPGROUPS):
 
@@ -170,13 +205,17 @@ def load_item(
         )
     load(values, 0, scales[1], plan.ragged)
 
-    def step(j, scales):
-        following = scales_of(item.last - 2 - j)  # on its way before the next tile's turn
+    def step(j, carry):
+        scales, numbers = carry
+        tile = item.last - 1 - j
+        following = token_scales.load(numbers, item, tile - 1, plan)
+        numbers = token_scales.pages(item, tile - 2, plan)
         load(keys, j, scales[0], False)
         load(values, j, scales[1], plan.ragged)
-        return following
+        return following, numbers
 
-    lax.fori_loop(1, count, step, scales_of(item.last - 2))
+    scales = token_scales.load(token_scales.pages(item, tile - 1, plan), item, tile - 1, plan)
+    lax.fori_loop(1, count, step, (scales, token_scales.pages(item, tile - 2, plan)))
     return done + count
 
 

@@ -43,8 +43,8 @@ from qjax.pallas_kernels._prefill_attention_plan_sm90 import (
 from qjax.pallas_kernels._prefill_attention_producer_sm90 import (
     STREAM_PARTS,
     Stream,
+    TokenScales,
     load_item,
-    token_scales,
 )
 
 # Finite, so that differences of two masked logits are numbers; a power of two, so that scaling is exact and a fused
@@ -85,17 +85,15 @@ def kernel(
                 (k_gmem, v_gmem), blocks or (None, None), ("k_", "v_"), strict=True
             )
         ]
+        token_scales = TokenScales(table_gmem, scales[:2], scales[2:])
         queries = (scratch["qo_smem"][0], scratch["q_full"], scratch["q_empty"])
 
         def load(i, done):
             item = item_at(schedule_gmem[cta, i + 1], *bounds)
             keys, values = streams
 
-            def scales_of(tile):
-                return token_scales(item, tile, plan, table_gmem, *scales)
-
             load = functools.partial(load_item, item, i, done, plan, q_gmem, table_gmem)
-            return load(keys, values, scales_of, *queries)
+            return load(keys, values, token_scales, *queries)
 
         done = lax.fori_loop(0, items, load, jnp.int32(0))
 

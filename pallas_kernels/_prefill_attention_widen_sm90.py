@@ -32,15 +32,48 @@ def tile_unit(storage: reg.Storage) -> float:
     return 2.0**7 if storage.bits == 4 else 1.0
 
 
+def token_pages(table, sequence, tile, *, tokens: int, page_size: int) -> Array:
+    """The page of each thread's token of a tile.
+
+    Args:
+        table: Global memory int32 [B, pages].
+        sequence: Index into B.
+        tile: The tile's number in its sequence.
+        tokens: Of a tile.
+        page_size: Tokens of a page.
+
+    Returns:
+        int32 [128] in `PER_THREAD`.
+    """
+    width = table.shape[1]
+
+    def load(ctx, table, sequence, tile):
+        del ctx
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        page = arith.divui(_token(tile, tokens), reg.i32(page_size))
+        page = arith.minsi(page, reg.i32(width - 1))
+        at = arith.addi(arith.muli(reg.value_of(sequence), reg.i32(width)), page)
+        at = utils.getelementptr(utils.memref_ptr(table), [arith.extui(i64, at)], i32)
+        return _per_thread(llvm.load(i32, at), signed=True)
+
+    def reference(table, sequence, tile):
+        token = tile * tokens + jnp.arange(THREADS) % tokens
+        return table[sequence, jnp.minimum(token // page_size, width - 1)]
+
+    load.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
+    out = plgpu.ShapeDtypeStruct((THREADS,), jnp.int32, layout=PER_THREAD)
+    types = (plgpu.RefType(), reg.SCALAR, reg.SCALAR)
+    return plgpu.inline_mgpu(arg_types=types, return_type=out)(load)(table, sequence, tile)
+
+
 def token_scales(
-    table, scales: tuple, sequence, head, tile, *, tokens: int, page_size: int
+    scales: tuple, pages: Array, head, tile, *, tokens: int, page_size: int
 ) -> tuple[Array, ...]:
     """The scales of each thread's token of a tile.
 
     Args:
-        table: Global memory int32 [B, pages].
         scales: Global memory, each float32 [P, K] or [P, K, page_size].
-        sequence: Index into B.
+        pages: From `token_pages`; any number is safe.
         head: KV head.
         tile: The tile's number in its sequence.
         tokens: Of a tile.
@@ -49,25 +82,18 @@ def token_scales(
     Returns:
         float32 [128] of each, in `PER_THREAD`.
     """
-    width, (pool, heads) = table.shape[1], scales[0].shape[:2]
+    pool, heads = scales[0].shape[:2]
     per_token = len(scales[0].shape) == 3
 
-    def load(ctx, table, sequence, head, tile, *scales):
+    def load(ctx, pages, head, tile, *scales):
         del ctx
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        f32 = ir.F32Type.get()
-        token = arith.addi(
-            arith.muli(reg.value_of(tile), reg.i32(tokens)),
-            arith.remui(reg.thread(), reg.i32(tokens)),
-        )
-        page = arith.minsi(arith.divui(token, reg.i32(page_size)), reg.i32(width - 1))
-        row = arith.addi(arith.muli(reg.value_of(sequence), reg.i32(width)), page)
-        at = utils.getelementptr(utils.memref_ptr(table), [arith.extui(i64, row)], i32)
+        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
         # The table past a sequence's pages may hold anything.
-        number = arith.maxsi(arith.minsi(llvm.load(i32, at), reg.i32(pool - 1)), reg.i32(0))
+        number = vector.extract(pages.registers.item(), [], [0])
+        number = arith.maxsi(arith.minsi(number, reg.i32(pool - 1)), reg.i32(0))
         index = arith.addi(arith.muli(number, reg.i32(heads)), reg.value_of(head))
         if per_token:
-            slot = arith.remui(token, reg.i32(page_size))
+            slot = arith.remui(_token(tile, tokens), reg.i32(page_size))
             index = arith.addi(arith.muli(index, reg.i32(page_size)), slot)
         index = arith.extui(i64, index)
         found = []
@@ -76,18 +102,23 @@ def token_scales(
             found.append(_per_thread(value))
         return tuple(found)
 
-    def reference(table, sequence, head, tile, *scales):
+    def reference(pages, head, tile, *scales):
         token = tile * tokens + jnp.arange(THREADS) % tokens
-        number = table[sequence, jnp.minimum(token // page_size, width - 1)]
-        where = (jnp.clip(number, 0, pool - 1), head)
+        where = (jnp.clip(pages, 0, pool - 1), head)
         return tuple(s[(*where, token % page_size) if per_token else where] for s in scales)
 
     load.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     out = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=PER_THREAD)
     return plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), *[reg.SCALAR] * 3, *[plgpu.RefType()] * len(scales)),
+        arg_types=(PER_THREAD, *[reg.SCALAR] * 2, *[plgpu.RefType()] * len(scales)),
         return_type=(out,) * len(scales),
-    )(load)(table, sequence, head, tile, *scales)
+    )(load)(pages, head, tile, *scales)
+
+
+def _token(tile: fa.FragmentedArray, tokens: int) -> ir.Value:
+    """The thread's token of a tile, counted in the sequence."""
+    inside = arith.remui(reg.thread(), reg.i32(tokens))
+    return arith.addi(arith.muli(reg.value_of(tile), reg.i32(tokens)), inside)
 
 
 def widen(
@@ -280,8 +311,8 @@ def _bytes_of(first: ir.Value, second: ir.Value, selector: ir.Value) -> ir.Value
     return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", first, second, selector, result_types=i32)
 
 
-def _per_thread(value: ir.Value) -> fa.FragmentedArray:
-    layout = PER_THREAD.to_mgpu()
+def _per_thread(value: ir.Value, *, signed: bool | None = None) -> fa.FragmentedArray:
     registers = np.empty((1,), dtype=object)
     registers[0] = vector.from_elements(ir.VectorType.get((1,), value.type), [value])
-    return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    layout = PER_THREAD.to_mgpu()
+    return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
