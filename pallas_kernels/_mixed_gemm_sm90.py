@@ -231,6 +231,11 @@ def _kernel(
                 for g in range(part_groups):
                     first = g * width
                     group = k_part * part_groups + g
+                    if "minimum" in streams:  # before the product: then each takes one multiply-add
+                        total = total + minimums(
+                            smem["minimum_smem"].at[slot, mine, group],
+                            smem["sums_smem"].at[slot, group, pl.ds(0, config.columns)],
+                        )
                     zero_point = row_zero
                     if "zero_point" in streams:
                         zero_point = row_values(smem["zero_point_smem"].at[slot, mine, group])
@@ -253,11 +258,6 @@ def _kernel(
                     scaled = part
                     if grouped:
                         scaled = part * spread(row_values(smem["scale_smem"].at[slot, mine, group]))
-                        if "minimum" in streams:
-                            scaled = scaled + minimums(
-                                smem["minimum_smem"].at[slot, mine, group],
-                                smem["sums_smem"].at[slot, group, pl.ds(0, config.columns)],
-                            )
                         if first + width == config.depth:
                             plgpu.barrier_arrive(empty.at[slot])
                     total = lax.optimization_barrier(total + scaled)

@@ -276,6 +276,71 @@ def test_bad_arguments_are_named():
     assert "multiples of 8" in (unsupported_reason(4, 100, 256, group_size=64) or "")
 
 
+@pytest.mark.skipif(not testing.ptxas_available(), reason="needs the aot extra")
+def test_ptxas_keeps_other_codes_in_registers():
+    jobs = []
+    for element, offset, group in (
+        ("int8", None, 128),
+        ("int8", "zero_point", 32),
+        ("float8_e4m3fn", None, 128),
+        ("int2", "zero_point", 64),
+        ("int4", "minimum", 32),
+    ):
+        for m in (16, 256):
+            size = dict(bits=ELEMENTS[element], sums=1 / group if offset == "minimum" else 0)
+            tiles = choose_tiles(m, 4096, 4096, num_sms=132, scale_bytes=4 / group, **size)
+            jobs.append(ptxas_job(m, 4096, group, tiles, element, offset))
+    for reports in testing.ptxas_reports(jobs):
+        (report,) = reports
+        assert not report.serialized_wgmma
+        assert report.spill_bytes <= 64 and report.stack_bytes <= 32
+
+
+def every_code(element, dtype):
+    """Weights of every finite code, as the product with an identity finds them, and what they are."""
+    bits, n, k = ELEMENTS[element], 64, 128
+    codes = np.arange(n * k * bits // 8).astype(np.uint8).reshape(n, -1)
+    values = jnp.asarray(codes)
+    if bits == 8:
+        values = jax.lax.bitcast_convert_type(values, jnp.dtype(element))
+        finite = jnp.isfinite(values.astype(jnp.float32))
+        values = jnp.where(finite, values, jnp.zeros_like(values))
+    args = jnp.eye(k, dtype=dtype), values, jnp.ones((n, 1)), None, jnp.zeros(n)
+    return args, reference(*args, k, element)
+
+
+@pytest.mark.parametrize("element", ["int2", "int8", "float8_e4m3fn"])
+def test_every_code_is_exact(element):
+    args, expected = every_code(element, "bfloat16")
+    with testing.interpret():
+        out = run(args, 128, config(128, 1, 1), element=element)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_gpu_makes_every_code_exactly(element, dtype):
+    args, expected = every_code(element, dtype)
+    out = jax.jit(run, static_argnums=(1, 2, 3, 4))(args, 128, None, None, element)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("offset", [None, "zero_point", "minimum"])
+def test_gpu_takes_every_element(element, offset):
+    if offset and not element.startswith("int"):
+        pytest.skip("only integers have offsets")
+    zero = -(2 ** (ELEMENTS[element] - 1)) if offset == "minimum" else 0
+    product = jax.jit(run, static_argnums=(1, 2, 3, 4, 5))
+    for m, n, k, group in ((1, 192, 576, 32), (17, 320, 1024, 1024), (300, 4096, 512, 128)):
+        for dtype in ("bfloat16", "float16"):
+            args = operands(m, n, k, group, element=element, offset=offset, dtype=dtype)
+            out = product(args, group, None, None, element, zero)
+            assert relative_error(out, reference(*args, group, element, zero)) <= TOLERANCE
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 3, 17, 64, 100, 4096])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 4096), (192, 576), (2880, 2880)])
