@@ -66,7 +66,11 @@ def scale_of(
         amax = jnp.maximum(amax, amax_min)
     if amax_max is not None:
         amax = jnp.minimum(amax, amax_max)
-    scale = divide(amax, jnp.full(amax.shape, end, jnp.float32))
+    # Correctly rounded without a division, as in `quantize`: end is 7 * 2**i, so the remainder is exact in parts.
+    reciprocal = float(np.float32(1 / end))
+    scale = lax.optimization_barrier(amax * reciprocal)
+    remainder = (amax - scale * (end * 8 / 7)) + scale * (end / 7)
+    scale = scale + remainder * reciprocal
     return jnp.where(amax == 0, 1.0, jnp.maximum(scale, TINY))
 
 
@@ -126,11 +130,16 @@ def _emit_quotient(x: ir.Value, scale: ir.Value) -> ir.Value:
         return vector.broadcast(shape, arith.constant(f32, value))
 
     divisor = vector.extract(scale, [], [0])
-    reciprocal = vector.broadcast(shape, arith.divf(arith.constant(f32, 1.0), divisor))
+    one = arith.constant(f32, 1.0)
+    # arith.divf is rcp.approx.f32 here, an ulp off; rcp.rn.f32 would be a call, around which registers spill.
+    reciprocal = arith.divf(one, divisor)
+    error = mlir_math.fma(arith.negf(reciprocal), divisor, one)
+    reciprocal = vector.broadcast(shape, mlir_math.fma(error, reciprocal, reciprocal))
     q = arith.mulf(x, reciprocal)
     q = arith.maximumf(arith.minimumf(q, constant(QUOTIENT_MAX)), constant(-QUOTIENT_MAX))
-    remainder = mlir_math.fma(arith.negf(q), vector.broadcast(shape, divisor), x)
-    return mlir_math.fma(remainder, reciprocal, q)
+    # The remainder's negative, so that -0 stays -0.
+    excess = mlir_math.fma(q, vector.broadcast(shape, divisor), arith.negf(x))
+    return mlir_math.fma(arith.negf(excess), reciprocal, q)
 
 
 def silu(x: Array, layout) -> Array:

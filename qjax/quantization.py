@@ -135,11 +135,12 @@ def compute_grid(
             counted = jnp.where(jnp.isnan(amax), 0.0, amax)
             largest = jnp.max(counted, axis=(-2, -1), keepdims=True)
             end = ELEMENTS["float8_e4m3fn"].max * element.max
-            divisor = end / jnp.maximum(largest, end * float(jnp.finfo(jnp.float32).tiny))
+            floor = end * float(jnp.finfo(jnp.float32).tiny)
+            divisor = _divide(jnp.full_like(largest, end), jnp.maximum(largest, floor))
             # The reciprocal of a float32 divisor, so that exporters that store the divisor round-trip; the
             # barrier keeps XLA from simplifying 1 / (a / b) to b / a, which is no float's reciprocal.
-            divisor = jax.lax.optimization_barrier(divisor)
-            global_scale = jnp.where(largest == 0, 1.0, 1.0 / divisor)
+            reciprocal = _divide(jnp.ones_like(divisor), divisor)
+            global_scale = jnp.where(largest == 0, 1.0, reciprocal)
         scale = _divide(scale, global_scale)
     return Grid(_store_scale(scale, amax, format.scale_dtype), global_scale=global_scale)
 
@@ -265,7 +266,7 @@ def _asymmetric_grid(x: Array, format: QFormat) -> Grid:
     if format.offset == "minimum":
         return Grid(scale, minimum=low.astype(format.scale_dtype))
     element = format.spec
-    zero_point = jnp.round(element.min - low / scale.astype(jnp.float32))
+    zero_point = jnp.round(element.min - _divide(low, scale.astype(jnp.float32)))
     zero_point = jnp.clip(jnp.nan_to_num(zero_point), element.min, element.max)
     return Grid(scale, zero_point=zero_point.astype(format.zero_point_dtype))
 
@@ -328,9 +329,40 @@ def _divide(x: Array, divisor: Array) -> Array:
     """x / divisor, correctly rounded as exporters have it.
 
     XLA turns a division by a broadcast value into a product with its reciprocal, one ulp off for every
-    fourth value and on the other side of ties; the barrier hides the broadcast.
+    fourth value and on the other side of ties; the barrier hides the broadcast. On a GPU its division itself is
+    up to two ulps off (div.full.f32).
     """
-    return x / jax.lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
+    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
+    return jax.lax.platform_dependent(
+        x, divisor, cuda=lambda x, d: _corrected(x / d, x, d), default=jnp.divide
+    )
+
+
+def _corrected(quotient: Array, x: Array, divisor: Array) -> Array:
+    """x / divisor, correctly rounded, from a quotient within a few ulps.
+
+    The remainder x - quotient * divisor is a float32; it is exact from halves of 12 bits, whose products are
+    (Dekker, "A floating-point technique for extending the available precision", 1971). Rounding one of more
+    than 24 bits makes no difference then whether or not the compiler fuses it with a sum.
+    """
+    # Lifts values whose products would be subnormal.
+    lift = jnp.where(jnp.abs(divisor) < 2.0**-60, jnp.float32(2.0**64), jnp.float32(1))
+    dividend, divisor = x * lift, divisor * lift
+    d_high, d_low = _halves(divisor)
+    for _ in range(2):  # the first leaves what lies within 2**-21 ulps of a midpoint
+        high, low = _halves(quotient)
+        rest = dividend - high * d_high - high * d_low - low * d_high - low * d_low
+        step = rest / divisor
+        # A step of 0 would turn -0 to 0.
+        quotient = jnp.where(jnp.isfinite(step) & (step != 0), quotient + step, quotient)
+    return quotient
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    """x as the sum of its upper 12 bits, rounded, and the rest."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    high = jax.lax.bitcast_convert_type((bits + 0x800) & ~0xFFF, jnp.float32)
+    return high, x - high
 
 
 __all__ = [

@@ -18,10 +18,10 @@ from qjax.quantization import compute_grid, qformat, quantize
 
 
 def activations(m, k, dtype=jnp.bfloat16):
-    """Rows of very different size; a row of zeros, one with an infinity."""
+    """Rows of very different size; a row of zeros, one with an infinity, a -0."""
     spread = jnp.exp(2.0 * jax.random.normal(jax.random.key(1), (m, 1)))
     x = (jax.random.normal(jax.random.key(0), (m, k)) * spread).astype(dtype)
-    return x.at[1].set(0).at[2, 7].set(-jnp.inf)
+    return x.at[1].set(0).at[2, 7].set(-jnp.inf).at[0, 3].set(-0.0)
 
 
 def reference(x, name, **bounds):
