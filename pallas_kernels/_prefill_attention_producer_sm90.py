@@ -108,7 +108,7 @@ def load_item(
         piece, last = rows // plan.pieces, table_gmem.shape[1] - 1
         offset = lax.rem(tile * rows, page_size) if page_size > rows else 0
 
-        def part(j, number):
+        def copy_page(j, number):
             page = (number, item.kv_head)
             start = j * piece if isinstance(j, int) else pl.multiple_of(j * piece, piece)
             plgpu.copy_gmem_to_smem(
@@ -127,14 +127,14 @@ def load_item(
 
         if numbers is not None:
             for j, number in enumerate(numbers):
-                part(j, number)
+                copy_page(j, number)
             return
 
         # A bound that the compiler cannot know: unrolled, the loop would need more registers than there are.
         @pl.loop(0, lax.select(done >= 0, plan.pieces, 0))
         def _(j):
             at = lax.min(lax.div(tile * rows, page_size) + j, last)
-            part(j, table_gmem[item.sequence, at])
+            copy_page(j, table_gmem[item.sequence, at])
 
     def load(stream: Stream, j, scale, clean: bool):
         """Tile j from the last; `clean` zeroes the tokens past the sequence's end, which may be NaN."""

@@ -272,13 +272,13 @@ class _Widening:
 
     def _four_bits(self, loaded, first):
         """Sixteen bytes of float16 after each other; `first` is the number of words before these."""
-        for i, word in enumerate(loaded, first):
-            block = i // 2
+        for i in range(0, len(loaded), 2):  # a block of 16 codes has two words
+            block = (first + i) // 2
             pair = self.scales[block // 2]
             selector = reg.i32(0x3232 if block % 2 else 0x1010)
-            if i % 2 == 0:
-                scale = _times(_bytes_of(pair, pair, selector), self.factor)
-            yield [_times(codes, scale) for codes in _pairs_of_codes(word)]
+            scale = _times(_bytes_of(pair, pair, selector), self.factor)
+            for word in loaded[i : i + 2]:
+                yield [_times(codes, scale) for codes in _pairs_of_codes(word)]
 
 
 def _pairs_of_codes(word: ir.Value) -> list[ir.Value]:
