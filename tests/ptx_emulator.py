@@ -4,6 +4,8 @@ Interpret mode replaces inlined code by its `interpret_impl`, so it says nothing
 swizzled addresses. Here the code's MLIR is built and evaluated operation by operation.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,7 @@ class Emulator:
         unsigned = [v.view(np.uint32) for v in x if getattr(v, "dtype", None) == np.int32]
         integer = np.int64 if kind == "i64" else np.int32
         match name:
-            case "constant":
+            case "constant" | "llvm.mlir.constant":
                 dtype = np.float32 if kind == "f32" else integer
                 return [np.full(128, attributes["value"].value, dtype)]
             case "addi" | "addf":
@@ -97,12 +99,18 @@ class Emulator:
                 return [x[0].astype(np.int64)]
             case "extract":
                 return [x[0][:, attributes["static_position"][0]]]
+            case "shuffle":
+                return [np.concatenate(x, axis=1)[:, list(attributes["mask"])]]
             case "from_elements":
                 return [np.stack(x, axis=1)]
             case "broadcast":
-                return [np.stack([x[0]] * 2, axis=1)]
+                count = ir.VectorType(op.results[0].type).shape[0]
+                return [np.stack([x[0]] * count, axis=1)]
+            case "bitcast" if "vector" in kind:
+                element = dtype_of(ir.VectorType(op.results[0].type).element_type)
+                return [np.ascontiguousarray(x[0]).reshape(128, -1).view(element)]
             case "bitcast":
-                return [np.ascontiguousarray(x[0]).view(np.int32)]
+                return [np.ascontiguousarray(x[0]).view(np.int32).reshape(128)]
             case "builtin.unrealized_conversion_cast":
                 return [np.full(128, self.bases[op.operands[0]], np.int64)]
             case "llvm.ptrtoint" | "llvm.inttoptr":
@@ -123,7 +131,52 @@ class Emulator:
                 return [] if not len(op.results) else [found]
         raise NotImplementedError(str(op))
 
+    def statements(self, text: str, x) -> list:
+        """A block of bitwise and 16-bit floating instructions on registers t and u; outputs come first."""
+        lines = [line.removesuffix(";") for line in text.split("\n")[1:-1]]
+        lines = [line for line in lines if not line.startswith(".reg")]
+        outputs = {f"${i}" for line in lines for i in range(4) if f" ${i}," in line}
+        registers = {f"${len(outputs) + i}": v.view(np.uint32) for i, v in enumerate(x)}
+
+        def value(name: str) -> np.ndarray:
+            return registers[name] if name in registers else np.full(128, int(name, 0), np.uint32)
+
+        for line in lines:
+            opcode, _, names = line.partition(" ")
+            target, *names = names.split(", ")
+            a, *others = (value(name) for name in names)
+            match opcode.split("."):
+                case ["mov", _]:
+                    found = a
+                case ["shl", _]:
+                    found = a << others[0]
+                case ["shr", _]:
+                    found = a >> others[0]
+                case ["and", _]:
+                    found = a & others[0]
+                case ["lop3", _]:
+                    b, c, table = others
+                    terms = [
+                        np.where(
+                            table >> i & 1, *np.broadcast_arrays(minterm(i, a, b, c), np.uint32(0))
+                        )
+                        for i in range(8)
+                    ]
+                    found = np.bitwise_or.reduce(terms)
+                case ["sub" | "mul" as operation, *_, pair]:
+                    dtype = BF16 if pair == "bf16x2" else F16
+                    a, b = (np.ascontiguousarray(v)[:, None].view(dtype) for v in (a, others[0]))
+                    exact = [v.astype(np.float64) for v in (a, b)]
+                    exact = exact[0] - exact[1] if operation == "sub" else exact[0] * exact[1]
+                    found = exact.astype(dtype).view(np.uint32)[:, 0]
+                case _:
+                    raise NotImplementedError(line)
+            registers[target] = found.astype(np.uint32)
+        return [registers[f"${i}"].view(np.int32) for i in range(len(outputs))]
+
     def assembly(self, text: str, x) -> object:
+        if text.startswith("{\n.reg .b32 t"):
+            return self.statements(text, x)
         if text.startswith("ldmatrix"):
             rows = self.read(x[0], 8, np.uint16).reshape(4, 4, 8, 8)  # warp, matrix, row, column
             if ".trans" in text:
@@ -177,6 +230,11 @@ class Emulator:
         return [x[6 + i] + d[WARP, GROUP + 8 * (i // 2), 2 * MEMBER + i % 2] for i in range(4)]
 
 
+def minterm(i: int, a, b, c) -> np.ndarray:
+    """The bits where a, b and c are those of i, as lop3's table counts them."""
+    return (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+
+
 def dtype_of(element: ir.Type) -> np.dtype:
     names = {"f8E4M3FN": E4M3, "bf16": BF16, "f16": F16, "f32": np.float32, "i32": np.int32}
     return np.dtype(names[str(element)])
@@ -194,12 +252,12 @@ def places(layout, shape) -> list[tuple[np.ndarray, ...]]:
         assert shape == (128,) and layout.vec_size == 1
         return [(THREADS[:, None],)]
     if isinstance(layout, fa.WGStridedFragLayout):
-        count = shape[0] * shape[1] // (128 * layout.vec_size)
+        count = math.prod(shape) // (128 * layout.vec_size)
         flat = [
             ((i * 128 + THREADS)[:, None] * layout.vec_size) + np.arange(layout.vec_size)
             for i in range(count)
         ]
-        return [(f // shape[1], f % shape[1]) for f in flat]
+        return [np.unravel_index(f, shape) for f in flat]
     rows = [(16 * WARP + GROUP + 8 * half)[:, None] for half in range(2)]
     if len(shape) == 1:
         return [(row,) for row in rows]

@@ -1,12 +1,17 @@
 """Weights of 2, 4 and 8 bits in wgmma's order: repacking, numbers, every tiling through ptxas, and the GPU."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from ptx_emulator import Emulated
 
 from qjax import testing
 from qjax.formats import qformat
+from qjax.pallas_kernels._mixed_gemm_registers_sm90 import UNITS, dequantize
 from qjax.pallas_kernels.mixed_gemm_sm90 import (
     ELEMENTS,
     MAX_SCALE_BYTES,
@@ -194,6 +199,27 @@ def test_every_code_goes_to_its_thread():
         expected = codes[row, column // 2] >> (4 * e) & 15
         assert word >> (16 * e + 8 * p + 4 * h) & 15 == expected
     np.testing.assert_array_equal(np.asarray(scale[1, :, 8:]), 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_instructions(monkeypatch, element, dtype):
+    """Emulated thread by thread, they make what interpret mode takes for granted."""
+    monkeypatch.setattr(plgpu, "inline_mgpu", Emulated())
+    bits, rng = ELEMENTS[element], np.random.default_rng(0)
+    shape = (4, bits * UNITS[bits] // 128, 256)
+    codes = rng.integers(0, 256, (4 * math.prod(shape),), np.uint8)
+    if element.startswith("float8"):
+        codes[(codes & 0x7C) == 0x7C] ^= 0x40
+    words = jnp.asarray(codes.view(np.int32).reshape(shape))
+    options = [(None, 0)]
+    if element.startswith("int"):
+        limit = 2 ** (bits - 1)
+        zeros = rng.integers(-limit, limit + 1, (64,)).astype(np.float32)
+        options += [(None, -limit), (jnp.asarray(zeros), 0)]
+    for zero_point, zero in options:
+        for first, width in ((0, 64), (32, 32)):
+            dequantize(words, element, dtype, zero_point, first=first, width=width, zero=zero)
 
 
 SIZES = [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192)]
