@@ -5,7 +5,7 @@ Every value is exact, so that the float32 scale of a group can multiply the sum 
     int2, int4  ``bits | u`` is the number bias + u; one subtraction leaves q - zero_point
     int8        float16: the same. bfloat16 has seven bits below its leading one: 128 + (q & 127) less
                 128 or 256, which the code's sign bit chooses
-    float8      sign, exponent and mantissa move to their places in the 16-bit float; a power of two, exact too,
+    floats      sign, exponent and mantissa move to their places in the 16-bit float; a power of two, exact too,
                 corrects the exponent's bias and makes subnormals what they should be. NaN and infinities
                 become finite
 """
@@ -23,7 +23,14 @@ from jaxlib.mlir.dialects import llvm, vector
 from qjax.pallas_kernels import _int4_gemm_registers_sm90 as int4
 from qjax.wgmma_layout import BLOCK, from_words
 
-ELEMENTS = {"int2": 2, "int4": 4, "int8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8}
+ELEMENTS = {
+    "int2": 2,
+    "int4": 4,
+    "int8": 8,
+    "float4_e2m1fn": 4,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+}
 """Bits of the codes that the kernel reads, by element."""
 
 UNITS = {2: 64, 4: 64, 8: 32}
@@ -31,7 +38,9 @@ UNITS = {2: 64, 4: 64, 8: 32}
 
 _AND_OR, _AND_XOR = "0xEA", "0x6A"  # lop3 of a, b, c: (a & b) | c and (a & b) ^ c
 # Left shift of a code's bits below the sign from bit 0, and the power of two that the result lacks.
-_FLOAT8 = {
+_FLOATS = {
+    ("float4_e2m1fn", "bfloat16"): (6, 2.0**126),
+    ("float4_e2m1fn", "float16"): (9, 2.0**14),
     ("float8_e4m3fn", "bfloat16"): (4, 2.0**120),
     ("float8_e5m2", "bfloat16"): (5, 2.0**112),
     ("float8_e4m3fn", "float16"): (7, 2.0**8),
@@ -94,6 +103,12 @@ def dequantize(
             words = jnp.pad(words, ((0, words.shape[0] % 2), (0, 0), (0, 0)))
         codes = from_words(words.reshape(1, -1, bits // 2, 256), bits)
         codes = codes[:, first * bits // 8 : (first + width) * bits // 8]
+        if element == "float4_e2m1fn":
+            codes = jnp.stack([codes & jnp.uint8(15), codes >> jnp.uint8(4)], axis=-1)
+            magnitudes = jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], jnp.float32)
+            codes = codes.reshape(shape).astype(jnp.int32)
+            values = jnp.take(magnitudes, codes & 7)
+            return jnp.where(codes >= 8, -values, values).astype(dtype)
         if element.startswith("float8"):
             return lax.bitcast_convert_type(codes, jnp.dtype(element)).astype(dtype)
         if bits == 2:
@@ -125,8 +140,8 @@ def _emit(words, offset, element: str, first: int, shape, dtype, zero: int) -> f
         halves = [offset[0].registers[0, 0, half, 0, 0] for half in (0, 1)]
         constants = [utils.bitcast(utils.vector_concat([v, v]), i32) for v in halves]
     else:
-        if element.startswith("float8"):
-            number = _FLOAT8[element, dtype.name][1]
+        if element.startswith("float"):
+            number = _FLOATS[element, dtype.name][1]
         else:
             number = bias_of(element, dtype) + zero
         # Both 16-bit halves of a register get the number.
@@ -141,9 +156,12 @@ def _emit(words, offset, element: str, first: int, shape, dtype, zero: int) -> f
         if bits == 2:
             codes = [vector.extract(registers[unit], [], [group // 2])]
             ptx = _two_bits(8 * (group % 2), dtype)
+        elif bits == 4:
+            codes = [vector.extract(registers[unit], [], [group])]
+            ptx = _float4(element, dtype)
         else:
             codes = [vector.extract(registers[unit], [], [2 * group + h]) for h in (0, 1)]
-            ptx = _integers(dtype, subtracts) if element == "int8" else _floats(element, dtype)
+            ptx = _integers(dtype, subtracts) if element == "int8" else _float8(element, dtype)
         inputs = [*codes, *constants]
         text = "\n".join(["{", ".reg .b32 t, u;", *ptx, "}"])
         constraints = ",".join(["=&r"] * 4 + ["r"] * len(inputs))
@@ -189,11 +207,22 @@ def _integers(dtype, subtracts: bool) -> list[str]:
     return lines
 
 
-def _floats(element: str, dtype) -> list[str]:
+def _float4(element: str, dtype) -> list[str]:
+    """Outputs $0 to $3 of the word $4 and the power of two $5."""
+    left, _ = _FLOATS[element, dtype.name]
+    lines = []
+    for i in range(4):
+        source = "$4"
+        if i < 3:  # a code's sign to the top of its half
+            lines.append(f"shl.b32 t, $4, {12 - 4 * i};")
+            source = "t"
+        lines += _float(source, 12 - left, 7 << left, f"${i}", "$5", dtype)
+    return lines
+
+
+def _float8(element: str, dtype) -> list[str]:
     """Outputs $0 to $3 of the words $4, $5 and the power of two $6."""
-    left, _ = _FLOAT8[element, dtype.name]
-    mask = (0x7F << left) * 0x10001
-    multiply = "mul.rn.bf16x2" if dtype == jnp.bfloat16 else "mul.rn.f16x2"
+    left, _ = _FLOATS[element, dtype.name]
     lines = []
     for i in range(4):
         source = f"${4 + i % 2}"
@@ -202,9 +231,17 @@ def _floats(element: str, dtype) -> list[str]:
             source = "t"
         if left == 8:  # the code's bits are the float's upper ones
             lines.append(f"and.b32 ${i}, {source}, 0xFF00FF00;")
-            continue
-        lines.append(f"shr.b32 u, {source}, {8 - left};")
-        lines.append(f"and.b32 u, u, {mask:#x};")
-        lines.append(f"lop3.b32 u, {source}, 0x80008000, u, {_AND_OR};")
-        lines.append(f"{multiply} ${i}, u, $6;")
+        else:
+            lines += _float(source, 8 - left, 0x7F << left, f"${i}", "$6", dtype)
     return lines
+
+
+def _float(source: str, right: int, mask: int, target: str, power: str, dtype) -> list[str]:
+    """The floats of codes whose signs are where the floats' are, and their other bits `right` bits too high."""
+    multiply = "mul.rn.bf16x2" if dtype == jnp.bfloat16 else "mul.rn.f16x2"
+    return [
+        f"shr.b32 u, {source}, {right};",
+        f"and.b32 u, u, {mask * 0x10001:#x};",
+        f"lop3.b32 u, {source}, 0x80008000, u, {_AND_OR};",
+        f"{multiply} {target}, u, {power};",
+    ]

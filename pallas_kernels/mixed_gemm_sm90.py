@@ -1,7 +1,7 @@
 """Matrix product of 16-bit activations and 2-, 4- or 8-bit weights for Hopper, weights in wgmma's own register order.
 
 ``out[m, n] = sum_g sum_{k in g} w[n, k] * x[m, k] + bias[n]`` where a group g of K columns shares, in each row n,
-``w = (q - zero_point) * scale`` or ``w = (q - zero) * scale + minimum``; q is an integer or an FP8 number.
+``w = (q - zero_point) * scale`` or ``w = (q - zero) * scale + minimum``; q is an integer, an FP8 or an FP4 number.
 
 `repack` re-lays the weights out once: 64 rows by 64 columns are one contiguous block (`wgmma_layout`), in which
 each thread of a warpgroup finds its 32 codes in chunks of 16 bytes, ready for wgmma's left operand. So a stage of
@@ -25,8 +25,8 @@ tokens a warpgroup. The CTAs of a cluster cut K among themselves and add their f
                                                       wait summed; one of the CTAs adds the splits
                                                     sum -> out_smem (transposed) -> TMA store
 
-Making 8 weights of their codes costs 11 instructions for INT4, 12 for INT2, 14 for INT8 and 18 for FP8 (float16:
-10 for INT8): `_mixed_gemm_registers_sm90`. Minimums never meet the codes: what they add to a sum is
+Making 8 weights of their codes costs 11 instructions for INT4, 12 for INT2, 14 for INT8, 18 for FP8 and 19 for FP4
+(float16: 10 for INT8): `_mixed_gemm_registers_sm90`. Minimums never meet the codes: what they add to a sum is
 ``minimum[n, g] * sum_{k in g} x[m, k]``, one multiply-add for each group and sum, with sums of x that XLA computes
 once.
 """
@@ -103,7 +103,8 @@ def repack(
     """Weights in the kernel's layout, from the layouts of compressed-tensors and `QArray`.
 
     Args:
-        codes: 2 or 4 bits: uint8 [N, K * bits / 8] of u = q + 2**(bits-1), the first column in the lowest bits.
+        codes: 2 or 4 bits: uint8 [N, K * bits / 8] of u = q + 2**(bits-1) or raw FP4, the first column in the lowest
+            bits.
             8 bits: [N, K] of the element's dtype.
         scale: [N, ceil(K/group_size)], of either sign.
         offset: Of scale's shape: zero points (integers in units of the signed code q, |q - zero_point| <= 256),
@@ -160,8 +161,8 @@ def mixed_gemm(
         zero_point: bfloat16, of scale's shape, from `repack`; or None.
         n: Weight rows.
         group_size: Columns that share a scale, as `repack` was told.
-        element: Of the codes, as `repack` was told: "int2", "int4", "int8", "float8_e4m3fn" or "float8_e5m2"
-            (whose NaN and infinities must not occur).
+        element: Of the codes, as `repack` was told: "int2", "int4", "int8", "float4_e2m1fn", "float8_e4m3fn"
+            or "float8_e5m2" (whose NaN and infinities must not occur).
         minimum: Of scale's shape and dtype, from `repack`; or None.
         zero: Zero point of all integers, where `zero_point` is None.
         bias: [N], floating, added in float32.

@@ -130,15 +130,14 @@ class QFormat:
                 (self.element, self.storage),
             )
         if self.storage == "wgmma" and (
-            self.element == "float4_e2m1fn"
-            or self.block_shape[1] not in _WGMMA_GROUPS
+            self.block_shape[1] not in _WGMMA_GROUPS
             or self.scale_dtype not in _WGMMA_SCALES
             or self.global_scale
         ):
             refuse(
-                f"'wgmma' stores integers and 8-bit floats in groups of {_WGMMA_GROUPS} columns with scales "
-                f"of {_WGMMA_SCALES}, without a global scale",
-                (self.element, self.block_shape, self.scale_dtype, self.global_scale),
+                f"'wgmma' stores groups of {_WGMMA_GROUPS} columns with scales of {_WGMMA_SCALES}, without a "
+                "global scale",
+                (self.block_shape, self.scale_dtype, self.global_scale),
             )
 
     @property

@@ -9,9 +9,9 @@ chunks of up to 16 bytes. Thread ``32w + 4r + q`` holds the codes of rows ``16w 
     4      512               4 * thread + j                                      16e + 8p + 4h
     8      1024              512 * (j // 2) + 4 * thread + 2 * (j % 2) + h       16e + 8p
 
-Codes of 2 and 4 bits are those of "packed" storage; 3-bit codes are stored 4 bits wide. 8-bit codes are the bytes of
-"plain" storage (two's complement or FP8), and integers of 5 to 7 bits are stored like that too. Scales of 64
-rows lie together for each group of columns.
+Codes of 2 and 4 bits (FP4 too) are those of "packed" storage; 3-bit codes are stored 4 bits wide. 8-bit codes are
+the bytes of "plain" storage (two's complement or FP8), and integers of 5 to 7 bits are stored like that too. Scales
+of 64 rows lie together for each group of columns.
 """
 
 import jax.numpy as jnp

@@ -210,7 +210,7 @@ def quantized_operand(x: Array | QArray, activation: ActivationFormat | None, sc
 def prepack(w: QArray) -> QArray:
     """The weight in the layout of the kernel that multiplies it with 16-bit inputs, done once where a model is loaded.
 
-    Integers of 2 to 8 bits and FP8 in groups of 32, 64, a multiple of 128 or all columns get "wgmma" storage if
+    Integers of 2 to 8 bits, FP8 and MXFP4 in groups of 32, 64, a multiple of 128 or all columns get "wgmma" storage if
     N and K are multiples of 64; other arrays are returned as they are. The values are the same. Weights that
     meet quantized inputs keep their layout: don't prepack those.
     """
@@ -223,7 +223,6 @@ def prepackable(w: QArray) -> bool:
     block_k = f.block_shape[1]
     return (
         f.storage != "wgmma"
-        and f.element != "float4_e2m1fn"
         and not f.global_scale
         and f.scale_dtype in (*mixed_gemm_sm90.SCALE_DTYPES, "float8_e8m0fnu")
         and (block_k in (32, 64, WHOLE) or block_k % 128 == 0)

@@ -129,6 +129,7 @@ def test_orbax_keeps_act_order(checkpoints_dir, tmp_path):
         "ct_pack_int8_g128_sym_llama",
         "ct_pack_int3_g128_sym_llama",
         "autoround_gptqpack_w2g64_sym_llama",
+        "ct_mxfp4a16_llama",
     ],
 )
 def test_weights_laid_out_for_kernels_are_written_as_before(checkpoints_dir, tmp_path, name):

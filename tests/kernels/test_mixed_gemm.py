@@ -26,6 +26,7 @@ from qjax.pallas_kernels.mixed_gemm_sm90 import (
 from qjax.quantization import quantize
 
 TOLERANCE = 2e-3
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 def operands(
@@ -61,7 +62,8 @@ def reference(x, codes, scale, offset, bias, group, element="int4", zero=0):
     q = np.asarray(codes, np.float32)
     if bits < 8:
         fields = [np.asarray(codes) >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
-        q = np.stack(fields, axis=-1).reshape(-1, k).astype(np.float32) - 2 ** (bits - 1)
+        fields = np.stack(fields, axis=-1).reshape(-1, k)
+        q = E2M1[fields] if element == "float4_e2m1fn" else fields - np.float32(2 ** (bits - 1))
     spread = lambda values: np.repeat(np.asarray(values, np.float32), group, axis=1)[:, :k]  # noqa: E731
     is_zero_point = offset is not None and offset.dtype.kind == "i"
     w = (q - (spread(offset) if is_zero_point else zero)) * spread(scale)
@@ -157,6 +159,10 @@ TWO_BITS = [
 @pytest.mark.parametrize(("shape", "options", "tiles"), TWO_BITS, ids=str)
 def test_two_bits(shape, options, tiles):
     check(shape, options, tiles, "int2")
+
+
+def test_four_bit_floats():
+    check((9, 128, 328, 32), {"dtype": "float16"}, config(16, 2, 2), "float4_e2m1fn")
 
 
 # Groups in shared memory and one a row; sums of fewer and of more tokens than TMA's smallest box.
@@ -309,6 +315,7 @@ def test_ptxas_keeps_other_codes_in_registers():
         ("int8", None, 128),
         ("int8", "zero_point", 32),
         ("float8_e4m3fn", None, 128),
+        ("float4_e2m1fn", None, 32),
         ("int2", "zero_point", 64),
         ("int4", "minimum", 32),
     ):
@@ -335,7 +342,7 @@ def every_code(element, dtype):
     return args, reference(*args, k, element)
 
 
-@pytest.mark.parametrize("element", ["int2", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("element", ["int2", "int8", "float4_e2m1fn", "float8_e4m3fn"])
 def test_every_code_is_exact(element):
     args, expected = every_code(element, "bfloat16")
     with testing.interpret():

@@ -41,6 +41,7 @@ MIXED = [
     "int8_tensor",
     "fp8_e4m3_128x128",
     "mxfp8",
+    "mxfp4",
     "int2_1x64_asym",
     "int3_1x32_min",
 ]
@@ -58,7 +59,7 @@ STORED = [
 @pytest.mark.parametrize("name", STORED)
 def test_wgmma_storage_holds_the_same_array(name):
     w = quantize(normal(2, N, K), name)
-    if name == "mxfp8":  # every power of two, and NaN
+    if name.startswith("mx"):  # every power of two, and NaN
         every = jnp.resize(jnp.arange(256, dtype=jnp.uint8), w.scale.shape)
         w = dataclasses.replace(w, scale=jax.lax.bitcast_convert_type(every, w.scale.dtype))
     packed = qjax.prepack(w)
@@ -96,7 +97,7 @@ def test_quantizing_into_wgmma_storage():
 
 
 def test_other_arrays_stay():
-    for name, shape in (("mxfp4", (N, K)), ("int8_16x16", (N, K)), ("int4_1x32", (N + 8, K))):
+    for name, shape in (("nvfp4", (N, K)), ("int8_16x16", (N, K)), ("int4_1x32", (N + 8, K))):
         w = quantize(normal(*shape), name)
         assert qjax.prepack(w) is w
 
