@@ -222,9 +222,7 @@ def relative_error(out, expected):
     return np.linalg.norm(out - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["bfloat16", "fp8_e4m3", "fp8_e4m3_head", "fp8_e4m3_token_head", "fp8_e5m2", "nvfp4"]
-)
+@pytest.mark.parametrize("name", ["bfloat16", "fp8_e4m3", "fp8_e4m3_token_head", "nvfp4"])
 def test_prefill_kernel_equals_the_reference(name):
     """A chunk after a prefix, one that ends in padding, and more positions than the cache has."""
     tokens = jnp.asarray([64, 20])
