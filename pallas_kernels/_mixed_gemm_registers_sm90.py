@@ -71,7 +71,7 @@ def dequantize(
     width: int,
     zero: int = 0,
 ) -> Array:
-    """Differences q - zero_point, or the values of FP8 codes, as 16-bit floats.
+    """Differences q - zero_point, or the values of floating codes, as 16-bit floats.
 
     Args:
         words: int32 [units, w, 256] of `wgmma_layout`, units of `UNITS` columns, in `words_layout`.

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax import nn, qarray, quantize, testing
+from qjax.checkpoint._declared import declared_spec
 from qjax.nn import Context
 from qjax.ops._dispatch import simulate_gpu
-from qjax.recipe import SCHEMES
+from qjax.recipe import SCHEMES, QuantSpec
 from qjax.sharding import Sharding, array_specs, make_mesh, part_specs
 
 N, K = 192, 256
@@ -204,6 +205,29 @@ def test_layers_on_a_mesh(in_axis, out_axis):
     np.testing.assert_array_equal(packed.dequantize(), w.dequantize())
     # The interpreter knows one device, so the parts meet the reference here.
     np.testing.assert_allclose(layer(x.astype(jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3_128x128", "fp8_e4m3_tensor", "int2_1x32_asym"])
+def test_layers_declare_the_format_they_were_loaded_in(name):
+    spec = QuantSpec(qjax.qformat(name), None)
+    layer = nn.Linear(K, N, "l", Context({"l": spec}))
+    nn.initialize(layer, jax.random.key(0))
+    w = layer.weight.get_value()
+    assert nn.prepack(layer) == 1
+    assert layer.weight.get_value().format.storage == "wgmma"
+    assert declared_spec(layer) == spec
+    for a, b in zip(
+        jax.tree.leaves(qarray.to_packed(layer.weight.get_value())),
+        jax.tree.leaves(w),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_layers_with_quantized_inputs_keep_their_layout():
+    layer = nn.Linear(K, N, "l", Context({"l": SCHEMES["FP8_BLOCK"]}))
+    nn.initialize(layer, jax.random.key(0))
+    assert nn.prepack(layer) == 0
 
 
 def test_shards_that_would_cut_a_block_stay():
