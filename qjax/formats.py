@@ -222,7 +222,8 @@ class QFormat:
                 raise ValueError(
                     f"'wgmma' storage: N must be a multiple of {wgmma_layout.BLOCK}; found {tuple(shape)}"
                 )
-            return (*shape[:-2], *wgmma_layout.codes_shape(*shape[-2:], self.stored_bits))
+            n, k = shape[-2:]
+            return (*shape[:-2], *wgmma_layout.codes_shape(n, k, self.stored_bits))
         return (*shape[:-1], shape[-1] * self.bits // 8)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
