@@ -199,7 +199,7 @@ def _kernel(
     def math():
         plgpu.set_max_registers(104 if warpgroups == 4 else 232, action="increase")
         grouped = "scale" in streams
-        width = group_size if grouped else 128
+        width = min(group_size if grouped else 128, config.depth)
         part_groups = config.depth // width
         mine, k_part = lax.div(wg, config.parts), lax.rem(wg, config.parts)
         shape = (BLOCK, config.columns)
@@ -231,6 +231,8 @@ def _kernel(
                 for g in range(part_groups):
                     first = g * width
                     group = k_part * part_groups + g
+                    if width < group_size and grouped:  # parts share a group
+                        group = lax.div(k_part, group_size // width)
                     if "minimum" in streams:  # before the product: then each takes one multiply-add
                         total = total + minimums(
                             smem["minimum_smem"].at[slot, mine, group],

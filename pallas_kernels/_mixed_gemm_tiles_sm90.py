@@ -22,7 +22,7 @@ class TileConfig:
         columns: Tokens of a CTA's tile, one of `COLUMNS`.
         blocks: Blocks of 64 weight rows of a CTA's tile (1, 2 or 4).
         parts: Math warpgroups for each block, each with a part of a stage's columns; blocks * parts <= 4.
-        depth: Columns of K in a stage for each part, 128 or 256.
+        depth: Columns of K in a stage for each part: 64, 128 or 256.
         stages: Pipeline stages.
         splits: CTAs of a cluster (1, 2 or 4), each with a part of K.
         tail: Whether a cluster's CTAs take whole tiles of their own while there is one for every CTA, and cut only
@@ -98,9 +98,11 @@ def candidate_tiles(
     columns = next((c for c in COLUMNS if c >= m), COLUMNS[-1])
     shapes = [(1, 4), (2, 2), (4, 1)] if columns <= 64 else [(2, 1)]
     candidates = []
-    for (blocks, parts), depth, splits in itertools.product(shapes, (128, 256), (1, 2, 4)):
+    for (blocks, parts), depth, splits in itertools.product(shapes, (64, 128, 256), (1, 2, 4)):
         if depth == 256 and (parts > 1 or columns > 32):
             continue  # registers are full
+        if depth == 64 and (parts < 4 or columns < 64):
+            continue  # there is room for more
         config = TileConfig(columns, blocks, parts, depth, 2, splits)
         while config.stages < 10:
             deeper = dataclasses.replace(config, stages=config.stages + 1)

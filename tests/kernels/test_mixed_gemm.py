@@ -91,6 +91,7 @@ CASES = [
     ((100, 128, 256, 128), {"dtype": "float16", "scale_dtype": "float16"}, config(128, 2, 1)),
     ((3, 192, 512, 128), {}, config(8, 1, 2, splits=2)),
     ((9, 320, 512, 128), {}, config(16, 1, 2, splits=2, tail=True)),
+    ((60, 128, 512, 128), {"offset": "zero_point"}, config(64, 1, 4, 64)),
     ((3, 256, 512, 64), {}, config(8, 1, 1, splits=2, tail=True)),
 ]
 
@@ -133,6 +134,7 @@ EIGHT_BITS = [
     ((3, 192, 256, 32), {}, config(8, 1, 2)),
     ((9, 128, 328, 128), {"dtype": "float16", "scale_dtype": "float32"}, config(16, 2, 2)),
     ((17, 192, 512, 512), {}, config(32, 2, 1, 256, splits=2)),
+    ((60, 64, 512, 128), {}, config(64, 1, 4, 64)),
 ]
 
 
@@ -170,6 +172,7 @@ MINIMUMS = [
     ((50, 128, 456, 128), {"scale_dtype": "float16"}, config(64, 2, 1, splits=2), "int4", -8),
     ((9, 64, 192, 192), {"dtype": "float16"}, config(16, 1, 1), "int2", -2),
     ((3, 64, 256, 64), {}, config(8, 1, 1), "int8", -128),
+    ((60, 64, 512, 32), {}, config(64, 1, 4, 64), "int4", -8),
 ]
 
 
