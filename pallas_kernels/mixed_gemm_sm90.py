@@ -7,7 +7,8 @@
 each thread of a warpgroup finds its 32 codes in chunks of 16 bytes, ready for wgmma's left operand. So a stage of
 the pipeline is one copy of contiguous bytes, a thread reads its codes with conflict-free 16-byte loads, and neither
 the codes nor x are shuffled afterwards. The tile is the transpose of the output's: 64 weight rows by up to 128
-tokens a warpgroup. The CTAs of a cluster cut K among themselves and add their float32 sums through L2:
+tokens a warpgroup. The CTAs of a cluster cut K among themselves and add their float32 sums through L2, for every
+tile or only for those left over when all CTAs have had equally many whole tiles:
 
     producer warpgroup                          math warpgroups (block of 64 rows, part of a step's K)
     ------------------                          -------------------------------------------------

@@ -16,19 +16,24 @@ FORMATS = (
     "int8_channel",
     "int4_1x128",
     "int4_1x32_min",
+    "mxfp4",
     "int2_1x128",
 )
 NK = ((4096, 4096), (28672, 4096), (4096, 14336))
 
 
 def weight(name: str, n: int, k: int, key: jax.Array) -> QArray:
-    """Random codes and scales of a format, re-laid out; integer scales and minimums are bfloat16."""
+    """Random codes and scales of a format, re-laid out; scales and minimums of integers are bfloat16."""
     format = qformat(name)
     keys = jax.random.split(key, 3)
-    scale_dtype = "float32" if format.spec.is_float else "bfloat16"
-    format = dataclasses.replace(format, scale_dtype=scale_dtype)
-    rows, groups = format.scale_shape((n, k))
-    scale = jax.random.uniform(keys[0], (rows, groups), scale_dtype, 0.01, 0.02)
+    shape = format.scale_shape((n, k))
+    if format.scale_dtype == "float8_e8m0fnu":
+        scale = jnp.exp2(jax.random.randint(keys[0], shape, -9, -5).astype(jnp.float32))
+    else:
+        if not format.spec.is_float:
+            format = dataclasses.replace(format, scale_dtype="bfloat16")
+        scale = jax.random.uniform(keys[0], shape, format.scale_dtype, 0.01, 0.02)
+    scale = scale.astype(format.scale_dtype)
     if format.bits == 8:
         codes = (40 * jax.random.normal(keys[1], (n, k), jnp.bfloat16)).astype(format.element)
     else:

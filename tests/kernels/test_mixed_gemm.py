@@ -291,7 +291,7 @@ def test_ptxas_keeps_codes_in_registers():
     for (report,) in testing.ptxas_reports(jobs):
         assert not report.serialized_wgmma
         # Four math warpgroups of 64 tokens lack a few registers, which costs less than fewer warpgroups.
-        assert report.spill_bytes <= 100, report
+        assert report.spill_bytes <= 128, report
 
 
 def test_bad_arguments_are_named():
