@@ -22,16 +22,21 @@ THREADS = 128  # of a warpgroup
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
-def row_major_layout(shape: tuple[int, ...]):
+def row_major_layout(shape: tuple[int, ...], *, per_thread: int = 0):
     """The layout of a small array whose consecutive elements lie in consecutive threads.
 
-    As many to a thread as divide evenly; an array of fewer elements than threads is held more than once.
-    Sizes must be powers of two. Unlike ``Layout.WG_STRIDED`` it can be reduced along one axis.
+    Unlike ``Layout.WG_STRIDED`` it can be reduced along one axis.
+
+    Args:
+        shape: Sizes, powers of two.
+        per_thread: Elements of a thread, at least as many as divide evenly (the default); where they are more,
+            warps and lanes hold the same.
     """
     size, rank = math.prod(shape), len(shape)
-    per_thread = max(size // THREADS, 1)
-    copies = max(THREADS // size, 1)
-    lanes, left = [], 32 * per_thread
+    per_thread = per_thread or max(size // THREADS, 1)
+    in_warp = min(32 * per_thread, size)
+    copies, lane_copies = 4 * in_warp // size, 32 * per_thread // in_warp
+    lanes, left = [], in_warp
     for n in reversed(shape):
         lanes.insert(0, min(n, left))
         left //= lanes[0]
@@ -40,7 +45,10 @@ def row_major_layout(shape: tuple[int, ...]):
     layout = fa.TiledLayout(
         fa.Tiling((shape, tuple(lanes), vector_tile)),
         (*((fa.Replicated(copies),) if copies > 1 else ()), *warp_dims),
-        tuple(range(-2 * rank, -rank)),
+        (
+            *((fa.Replicated(lane_copies),) if lane_copies > 1 else ()),
+            *range(-2 * rank, -rank),
+        ),
         -1,
         _check_canonical=False,
     ).canonicalize()
