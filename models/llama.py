@@ -145,9 +145,10 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T D"], tokens: Tokens, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Hidden states after this layer, and its updated cache."""
-        attended, cache = self.self_attn(self.input_layernorm(x), tokens, cache)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        normed, x = self.input_layernorm.into(self.self_attn.input_layers, x)
+        attended, cache = self.self_attn(normed, tokens, cache)
+        normed, x = self.post_attention_layernorm.into(self.mlp.input_layers, attended, x)
+        return x + self.mlp(normed), cache
 
 
 class Model(CausalLM):

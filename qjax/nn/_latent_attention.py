@@ -12,7 +12,7 @@ from qjax.nn._attention import HeadSharding, Tokens, attend
 from qjax.nn._linear import Linear, RMSNorm
 from qjax.nn._params import Context, KVScale
 from qjax.nn._rope import Rope
-from qjax.ops import straight_through
+from qjax.ops import QuantizedInput, straight_through
 from qjax.qarray import QArray
 from qjax.quantization import quantize_activation
 from qjax.recipe import KVCacheFormat
@@ -96,8 +96,15 @@ class LatentAttention(nnx.Module):
         """(key, value) scales; there are no cached values."""
         return self.k_scale.get_value(), self.v_scale.get_value()
 
+    @property
+    def input_layers(self) -> tuple[Linear, ...]:
+        """The layers that see the input."""
+        query = self.q_a_proj if self.q_proj is None else self.q_proj
+        assert query is not None
+        return query, self.kv_a_proj_with_mqa
+
     def __call__(
-        self, x: Float[Array, "B T D"], tokens: Tokens, cache: LayerCache | None
+        self, x: Float[Array, "B T D"] | QuantizedInput, tokens: Tokens, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attention output and the layer's updated cache."""
         b, t = x.shape[:2]
@@ -117,12 +124,13 @@ class LatentAttention(nnx.Module):
         out, cache = attention(query, rotated_query, latent, rotated_key, tokens, cache)
         return self.o_proj(out.reshape(b, t, -1)), cache
 
-    def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T q"]:
+    def _queries(self, x: Float[Array, "B T D"] | QuantizedInput) -> Float[Array, "B T q"]:
         if self.q_proj is not None:
             return self.q_proj(x)
         assert self.q_a_proj is not None and self.q_b_proj is not None
         assert self.q_a_layernorm is not None
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        normed, _ = self.q_a_layernorm.into([self.q_b_proj], self.q_a_proj(x))
+        return self.q_b_proj(normed)
 
     def _expanded(self, query, rotated_query, latent, rotated_key, tokens, cache):
         """Every head's own keys and values: fewer operations per logit, nothing to cache."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
+from qjax.formats import ActivationFormat
 from qjax.nn._params import (
     Adapter,
     Context,
@@ -18,7 +20,16 @@ from qjax.nn._params import (
     abstract_param,
     abstract_weight,
 )
-from qjax.ops import dot, fp8_dot, straight_through, take_rows
+from qjax.ops import (
+    QuantizedInput,
+    dot,
+    fp8_dot,
+    quantized_rms_norm,
+    rms_norm,
+    straight_through,
+    take_rows,
+    takes_quantized_input,
+)
 from qjax.qarray import QArray
 from qjax.quantization import quantize_activation, refine_blocks
 from qjax.sharding import array_specs, sharded_format
@@ -79,9 +90,22 @@ class Linear(nnx.Module):
             w = w + self.lora.delta().astype(w.dtype)
         return self.fake_quant.weight(w)
 
-    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+    def input_format(self) -> ActivationFormat | None:
+        """The format in which the layer takes a `QuantizedInput`, None if it must see the values themselves."""
+        as_loaded = self.fake_quant is None and self.lora is None and self.fp8_gradients is None
+        w = self.weight.get_value()
+        if as_loaded and self.sharding.mesh is None:
+            return (
+                self.activation_format if takes_quantized_input(w, self.activation_format) else None
+            )
+        return None
+
+    def input_scale(self) -> Array | None:
+        """The scale of a static activation format."""
+        return None if self.activation_scale is None else self.activation_scale.get_value()
+
+    def __call__(self, x: Float[Array, "... K"] | QuantizedInput) -> Float[Array, "... N"]:
         """The product in x's dtype."""
-        scale = None if self.activation_scale is None else self.activation_scale.get_value()
         if self.fake_quant is not None:
             x = self.fake_quant.input(x)
         y = sharded_dot(
@@ -89,7 +113,7 @@ class Linear(nnx.Module):
             self.weight_value(),
             bias=None if self.bias is None else self.bias.get_value(),
             activation_format=self.activation_format,
-            activation_scale=scale,
+            activation_scale=self.input_scale(),
             sharding=self.sharding,
             in_axis=self.in_axis,
             out_axis=self.out_axis,
@@ -235,6 +259,14 @@ class Embedding(nnx.Module):
         )
 
 
+def shared_input_format(layers: Sequence[Linear]) -> ActivationFormat | None:
+    """The format in which all these layers take one quantized input, None if they do not agree on one."""
+    formats = {layer.input_format() for layer in layers}
+    shared = formats.pop() if len(formats) == 1 else None
+    # Layers may have loaded different scales of one static format.
+    return None if shared is not None and shared.static and len(layers) > 1 else shared
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (arXiv:1910.07467) computed in float32."""
 
@@ -245,7 +277,25 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """x / rms(x) * weight in x's dtype."""
-        f = x.astype(jnp.float32)
-        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
-        weight = self.weight.get_value().astype(jnp.float32)
-        return (f * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        return rms_norm(x, self.weight.get_value(), eps=self.eps)
+
+    def into(
+        self,
+        layers: Sequence[Linear],
+        x: Float[Array, "... D"],
+        residual: Float[Array, "... D"] | None = None,
+    ) -> tuple[Float[Array, "... D"] | QuantizedInput, Float[Array, "... D"]]:
+        """The norm of x + residual for these layers, quantized once if they agree on a format; and the sum."""
+        activation = shared_input_format(layers)
+        if activation is None:
+            total = x if residual is None else x + residual
+            return self(total), total
+        return quantized_rms_norm(
+            x,
+            self.weight.get_value(),
+            activation,
+            eps=self.eps,
+            scale=layers[0].input_scale(),
+            residual=residual,
+            implementation=layers[0].implementation,
+        )

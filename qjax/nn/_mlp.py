@@ -1,12 +1,12 @@
 """The gated feed-forward layer."""
 
-import jax
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
 from qjax.nn._linear import Linear
 from qjax.nn._params import Context
+from qjax.ops import QuantizedInput, quantized_silu_mul, silu_mul
 
 
 class GatedMLP(nnx.Module):
@@ -31,6 +31,18 @@ class GatedMLP(nnx.Module):
         self.up_proj = linear("up_proj", hidden_size, intermediate_size, out_axis=axis)
         self.down_proj = linear("down_proj", intermediate_size, hidden_size, in_axis=axis)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    @property
+    def input_layers(self) -> tuple[Linear, ...]:
+        """The layers that see the input."""
+        return self.gate_proj, self.up_proj
+
+    def __call__(self, x: Float[Array, "B T D"] | QuantizedInput) -> Float[Array, "B T D"]:
         """The layer's output in x's dtype."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        activation = down.input_format()
+        if activation is None:
+            return down(silu_mul(gate, up))
+        scale, implementation = down.input_scale(), down.implementation
+        return down(
+            quantized_silu_mul(gate, up, activation, scale=scale, implementation=implementation)
+        )

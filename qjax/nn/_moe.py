@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from qjax.formats import WHOLE, ActivationFormat
+from qjax.nn._linear import Linear
 from qjax.nn._mlp import GatedMLP
 from qjax.nn._params import (
     Context,
@@ -362,6 +363,11 @@ class MoE(nnx.Module):
         self.shared_experts = (
             GatedMLP(hidden_size, shared_size, shared, context) if shared_size else None
         )
+
+    @property
+    def input_layers(self) -> tuple[Linear, ...]:
+        """None: the router sees the values of the input."""
+        return ()
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's output in x's dtype."""

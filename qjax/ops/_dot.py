@@ -11,12 +11,13 @@ from jaxtyping import Float
 from qjax.formats import ActivationFormat
 from qjax.ops._dispatch import choose
 from qjax.ops._dot_kernels import kernel_of, product, unsupported_reason
+from qjax.ops._quantized_input import QuantizedInput, check_weight
 from qjax.qarray import QArray, dequantize_stored
 from qjax.quantization import quantize_activation
 
 
 def dot(
-    x: Array | QArray,
+    x: Array | QArray | QuantizedInput,
     w: Array | QArray,
     *,
     bias: Float[Array, " N"] | None = None,
@@ -31,10 +32,11 @@ def dot(
     quantization of x is differentiated as the identity.
 
     Args:
-        x: [..., K], floating; or a QArray [M, K], then already quantized.
+        x: [..., K], floating; or already quantized: a QArray [M, K], or a `QuantizedInput`, through which
+            gradients flow and which needs an FP8 weight.
         w: [N, K].
         bias: [N], added in float32.
-        activation_format: Quantizes x first.
+        activation_format: Quantizes x first, if it is not quantized yet.
         activation_scale: The scale of a static activation format.
         out_dtype: Result's dtype; default x's.
         implementation: "pallas_mosaic_gpu", "xla" or None for the kernel where there is one.
@@ -52,13 +54,18 @@ def dot(
         )
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     lead = x.shape[:-1]
+    operand = None
+    if isinstance(x, QuantizedInput):
+        check_weight(x, w)
+        operand, activation_format, activation_scale = (x.codes, x.scale), x.activation, None
     if isinstance(w, QArray) and w.column_perm is not None:
         if isinstance(x, QArray):
             raise ValueError("dot: permute x's columns by w.column_perm before quantizing x")
         x = jnp.take(x, w.column_perm, axis=-1)
         w = dataclasses.replace(w, column_perm=None)
     if isinstance(w, QArray):
-        flat = x if isinstance(x, QArray) else x.reshape(-1, k)
+        like = x.like if isinstance(x, QuantizedInput) else x
+        flat = like if isinstance(like, QArray) else like.reshape(-1, k)
         reason = unsupported_reason(
             flat, w, activation_format=activation_format, out_dtype=out_dtype
         )
@@ -73,10 +80,13 @@ def dot(
                 activation_format=activation_format,
                 activation_scale=activation_scale,
                 out_dtype=out_dtype,
+                operand=operand,
             )
             return y.reshape(*lead, w.shape[0])
     quantized = x
-    if activation_format is not None and not isinstance(x, QArray):
+    if isinstance(x, QuantizedInput):
+        quantized, x = x.qarray(), x.like
+    elif activation_format is not None and not isinstance(x, QArray):
         quantized = quantize_activation(x.reshape(-1, k), activation_format, scale=activation_scale)
         if not isinstance(w, QArray):  # quantization-aware training: values on the grid
             x = quantized = straight_through(x, quantized.dequantize().reshape(x.shape))

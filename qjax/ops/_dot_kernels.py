@@ -105,22 +105,26 @@ def product(
     activation_format: ActivationFormat | None,
     activation_scale: Array | None,
     out_dtype: DTypeLike,
+    operand: tuple[Array, Array] | None = None,
 ) -> Array:
-    """y [M, N] by this kernel, differentiable with respect to x and bias; quantization of x as the identity."""
+    """y [M, N] by this kernel, differentiable with respect to x and bias; quantization of x as the identity.
+
+    With `operand`, x's codes and scales as `quantized_operand` gives them, nothing reads x's values.
+    """
     static = _Static(kernel, activation_format, jnp.dtype(out_dtype).name)
     if isinstance(x, QArray):
-        return _run(static, x, w, bias, activation_scale)
-    return _differentiable(static, x, w, bias, activation_scale)
+        return _run(static, x, w, bias, activation_scale, operand)
+    return _differentiable(static, x, w, bias, activation_scale, operand)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(static: _Static, x, w, bias, activation_scale):
-    return _run(static, x, w, bias, activation_scale)
+def _differentiable(static: _Static, x, w, bias, activation_scale, operand):
+    return _run(static, x, w, bias, activation_scale, operand)
 
 
-def _forward(static, x, w, bias, activation_scale):
+def _forward(static, x, w, bias, activation_scale, operand):
     like = jnp.zeros((0,), x.dtype), None if bias is None else jnp.zeros((0,), bias.dtype)
-    return _run(static, x, w, bias, activation_scale), (w, like)
+    return _run(static, x, w, bias, activation_scale, operand), (w, like)
 
 
 def _backward(static, residuals, g):
@@ -135,13 +139,13 @@ def _backward(static, residuals, g):
     d_bias = None
     if bias_like is not None:
         d_bias = jnp.sum(g.astype(jnp.float32), axis=0).astype(bias_like.dtype)
-    return dx, None, d_bias, None
+    return dx, None, d_bias, None, None
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
-def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
+def _run(static: _Static, x, w: QArray, bias, activation_scale, operand) -> Array:
     if static.kernel == "mixed":
         unsigned = w.format.offset == "minimum"  # its codes count from 0
         return mixed_gemm_sm90.mixed_gemm(
@@ -158,7 +162,9 @@ def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
             num_sms=num_sms(),
         )
     m = x.shape[0]
-    codes, x_scale = quantized_operand(x, static.activation_format, activation_scale)
+    if operand is None:
+        operand = quantized_operand(x, static.activation_format, activation_scale)
+    codes, x_scale = operand
     w_scale = decode_scale(w.scale)
     if static.kernel == "fp8_row":
         w_scale = w_scale.reshape(-1)
@@ -175,8 +181,14 @@ def _run(static: _Static, x, w: QArray, bias, activation_scale) -> Array:
     )
 
 
-def quantized_operand(x: Array | QArray, activation: ActivationFormat | None, scale):
-    """Codes [M', K] and scales as the FP8 products read them."""
+def quantized_operand(
+    x: Array | QArray,
+    activation: ActivationFormat | None,
+    scale,
+    *,
+    implementation: str | None = None,
+):
+    """Codes [M', K] and scales as the FP8 products read them; `implementation` "xla" uses no kernel."""
     if not isinstance(x, QArray):
         assert activation is not None
         m, k = x.shape
@@ -187,7 +199,9 @@ def quantized_operand(x: Array | QArray, activation: ActivationFormat | None, sc
             reason = "one dynamic scale for all tokens needs a pass of its own"
         if format.scale_dtype != "float32":
             reason = f"scales of {format.scale_dtype} are rounded by XLA"
-        where = choose("quantize_activation", None, reason)
+        reason = device_reason("9.0") or reason
+        wanted = "xla" if implementation == "xla" else None
+        where = choose("quantize_activation", wanted, reason)
         low, high = activation.amax_min, activation.amax_max
         if where == "pallas_mosaic_gpu":
             if per_token:
