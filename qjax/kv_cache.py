@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from qjax.formats import WHOLE, QFormat, qformat
+from qjax.ops import write_pages as write
 from qjax.qarray import QArray
-from qjax.quantization import Grid, compute_grid, quantize
 from qjax.recipe import KVCacheFormat
 from qjax.sharding import Sharding
 
@@ -162,51 +162,6 @@ def _place(tree, sharding: Sharding, lead: tuple[str | None, ...]):
     if sharding.mesh is None:
         return tree
     return jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec(*lead)))
-
-
-def write(
-    pages: Array | QArray,
-    page_table: Int[Array, "B pages"],
-    positions: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
-    values: Float[Array, "B T K H"],
-) -> Array | QArray:
-    """The pool with these tokens' keys or values written at their positions.
-
-    Args:
-        pages: The pool.
-        page_table: Pages of each sequence.
-        positions: Where each token goes in its sequence.
-        valid: Tokens that are real; the others are not written.
-        values: The tokens' keys or values, quantized here as the pool is.
-    """
-    page_size = pages.shape[-2]
-    page = jnp.take_along_axis(page_table, positions // page_size, axis=1, mode="clip")
-    inside = valid & (positions < page_table.shape[1] * page_size)
-    # Out of range means dropped; a page of its own would have to be allocated otherwise.
-    page = jnp.where(inside, page, pages.shape[0])
-    slot = positions % page_size
-
-    def put(pool, new):
-        return pool.at[page, :, slot].set(new.astype(pool.dtype), mode="drop")
-
-    if not isinstance(pages, QArray):
-        return put(pages, values)
-    x = values[..., None, :]  # one row per token and head
-    f = pages.format
-    if f.block_shape == (WHOLE, WHOLE):
-        scale = jnp.take(pages.scale, page, axis=0, mode="clip")
-        q = quantize(x, f, grid=Grid(scale))
-        return dataclasses.replace(pages, qvalue=put(pages.qvalue, q.qvalue[..., 0, :]))
-    global_scale = None
-    if pages.global_scale is not None:
-        global_scale = jnp.take(pages.global_scale, page, axis=0, mode="clip")
-    q = quantize(x, f, grid=compute_grid(x, f, global_scale=global_scale))
-    return dataclasses.replace(
-        pages,
-        qvalue=put(pages.qvalue, q.qvalue[..., 0, :]),
-        scale=put(pages.scale, q.scale[..., 0, :]),
-    )
 
 
 def stored_values(

@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from qjax.ops import rotate
+
 _KINDS = {
     "default": (),
     "linear": ("factor",),
@@ -179,14 +181,12 @@ class Rope:
         sin: Float[Array, "B T half"],
     ) -> Float[Array, "B T N H"]:
         """x with each channel pair rotated by its position's angle, computed in float32."""
+        if not self.interleaved:
+            return rotate(x, cos, sin)
         f = x.astype(jnp.float32)
         cos, sin = cos[:, :, None], sin[:, :, None]
-        if self.interleaved:
-            a, b = f[..., 0::2], f[..., 1::2]
-            rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(f.shape)
-        else:
-            a, b = jnp.split(f, 2, axis=-1)
-            rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        a, b = f[..., 0::2], f[..., 1::2]
+        rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(f.shape)
         return rotated.astype(x.dtype)
 
 
