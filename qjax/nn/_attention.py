@@ -9,11 +9,18 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from qjax.kv_cache import LayerCache, LayerShape, stored_values, write
+from qjax.kv_cache import LayerCache, LayerShape, stored_values
 from qjax.nn._linear import Linear, RMSNorm
 from qjax.nn._params import Context, KVScale, abstract_param
 from qjax.nn._rope import Rope
-from qjax.ops import QuantizedInput, dot_product_attention, paged_attention, straight_through
+from qjax.ops import (
+    QuantizedInput,
+    Rotation,
+    dot_product_attention,
+    kv_cache_write,
+    paged_attention,
+    straight_through,
+)
 from qjax.recipe import KVCacheFormat
 from qjax.sharding import Sharding
 
@@ -76,6 +83,7 @@ def attend(
     *,
     sharding: Sharding,
     heads: HeadSharding,
+    rotation: Rotation | None = None,
     value_dim: int | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
@@ -86,13 +94,14 @@ def attend(
     """Writes the new keys and values, then attends; each device has its batch rows and heads.
 
     Args:
-        query: Rotated queries.
-        key: Rotated keys of the same tokens.
+        query: Queries, rotated unless there is a `rotation`.
+        key: Keys of the same tokens, likewise.
         value: Their values; None where they are the keys' first `value_dim` channels.
         tokens: Where they stand.
         cache: The layer's pages; None attends among the tokens at hand.
         sharding: Mesh and rules.
         heads: How heads are cut.
+        rotation: What to rotate queries and keys by when they are written; only with a cache.
         value_dim: See `qjax.ops.paged_attention`.
         scale: Factor on the logits, default 1/sqrt(H).
         sliding_window: See `qjax.ops.dot_product_attention`.
@@ -110,16 +119,24 @@ def attend(
         "implementation": implementation,
     }
 
-    def local(query, key, value, tokens, cache, sinks):
+    def local(query, key, value, tokens, cache, sinks, rotation):
         stand = {"positions": tokens.positions, "lengths": tokens.lengths, "sinks": sinks}
         if cache is None:
             v = key[..., :value_dim] if value is None else value
             return dot_product_attention(query, key, v, **stand, **options), None
-        where = (tokens.page_table, tokens.positions, tokens.valid)
-        cache = LayerCache(
-            write(cache.key, *where, key),
-            None if value is None else write(cache.value, *where, value),
+        query, key_pages, value_pages = kv_cache_write(
+            query,
+            key,
+            value,
+            cache.key,
+            cache.value,
+            tokens.page_table,
+            positions=tokens.positions,
+            valid=tokens.valid,
+            rotation=rotation,
+            implementation=implementation,
         )
+        cache = LayerCache(key_pages, value_pages)
         out = paged_attention(
             query,
             cache.key,
@@ -132,17 +149,17 @@ def attend(
         return out, cache
 
     if sharding.mesh is None:
-        return local(query, key, value, tokens, cache, sinks)
+        return local(query, key, value, tokens, cache, sinks, rotation)
     rows = sharding.axis("batch", query.shape[0])
     kv = P(rows, None, heads.kv_heads)
     pages = jax.tree.map(lambda _: P(rows, heads.kv_heads), cache)
     return jax.shard_map(
         local,
         mesh=sharding.mesh,
-        in_specs=(P(rows, None, heads.heads), kv, kv, P(rows), pages, P(heads.heads)),
+        in_specs=(P(rows, None, heads.heads), kv, kv, P(rows), pages, P(heads.heads), P(rows)),
         out_specs=(P(rows, None, heads.heads), pages),
         check_vma=False,
-    )(query, key, value, tokens, cache, sinks)
+    )(query, key, value, tokens, cache, sinks, rotation)
 
 
 class Attention(nnx.Module):
@@ -237,8 +254,10 @@ class Attention(nnx.Module):
         value = self.v_proj(x).reshape(b, t, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        cos, sin = self.rope.angles(tokens.positions, tokens.lengths)
-        key = self.rope.rotate(key, cos, sin)
+        rotation = self.rope.angles(tokens.positions, tokens.lengths)
+        if cache is None or self.rope.interleaved:
+            query, key = (self.rope.rotate(x, *rotation) for x in (query, key))
+            rotation = None
         if self.fake_kv_cache is not None and cache is None:
             scales = (self.k_scale.get_value(), self.v_scale.get_value())
             key, value = (
@@ -246,13 +265,14 @@ class Attention(nnx.Module):
                 for x, scale in zip((key, value), scales, strict=True)
             )
         out, cache = attend(
-            self.rope.rotate(query, cos, sin),
+            query,
             key,
             value,
             tokens,
             cache,
             sharding=self.sharding,
             heads=self.heads,
+            rotation=rotation,
             sliding_window=self.sliding_window,
             logit_soft_cap=self.logit_soft_cap,
             sinks=None if self.sinks is None else self.sinks.get_value(),

@@ -5,6 +5,7 @@ from qjax.ops._dispatch import device_reason, require_kernels
 from qjax.ops._dot import dot, straight_through
 from qjax.ops._dot_kernels import prepack, prepackable
 from qjax.ops._fp8_training import GRADIENT_ELEMENTS, fp8_dot
+from qjax.ops._kv_cache_write import Rotation, kv_cache_write, rotate, write_pages
 from qjax.ops._quantized_input import (
     QuantizedInput,
     quantized_rms_norm,
@@ -19,10 +20,12 @@ from qjax.ops._take import take_rows
 __all__ = [
     "GRADIENT_ELEMENTS",
     "QuantizedInput",
+    "Rotation",
     "device_reason",
     "dot",
     "dot_product_attention",
     "fp8_dot",
+    "kv_cache_write",
     "paged_attention",
     "prepack",
     "prepackable",
@@ -31,8 +34,10 @@ __all__ = [
     "ragged_dot",
     "require_kernels",
     "rms_norm",
+    "rotate",
     "silu_mul",
     "straight_through",
     "take_rows",
     "takes_quantized_input",
+    "write_pages",
 ]

@@ -103,35 +103,45 @@ def _pool(pages: Array | QArray) -> kernel_sm90.Pool:
     return kernel_sm90.Pool(pages)
 
 
-def _kernel(query, key, value, key_pages, value_pages, where, rotation):
-    pools = tuple(None if pages is None else _pool(pages) for pages in (key_pages, value_pages))
-
-    def by_token(x):
-        return None if x is None else x.reshape(-1, *x.shape[2:])
-
+def _kernel(
+    query: Array,
+    key: Array,
+    value: Array | None,
+    key_pages: Array | QArray,
+    value_pages: Array | QArray | None,
+    where: tuple[Array, Array, Array],
+    rotation: Rotation | None,
+) -> tuple[Array, Array | QArray, Array | QArray | None]:
+    num_pages, _, page_size, _ = key_pages.shape
     # The same for every layer of a step: compiled once.
-    page, place = _places(*where, key_pages.shape[0], key_pages.shape[2])
-    slots = jnp.where(page < key_pages.shape[0], page * key_pages.shape[2] + place, -1)
+    page, place = _places(*where, num_pages, page_size)
+    slots = jnp.where(page < num_pages, page * page_size + place, -1)
     cos, sin = (None, None) if rotation is None else rotation
-    rotated, *written = kernel_sm90.kv_cache_write(
-        by_token(query),
-        by_token(key),
-        by_token(value),
+    rotated, key_pool, value_pool = kernel_sm90.kv_cache_write(
+        _by_token(query),
+        _by_token(key),
+        None if value is None else _by_token(value),
         slots.reshape(-1),
-        *pools,
-        cos=by_token(cos),
-        sin=by_token(sin),
+        _pool(key_pages),
+        None if value_pages is None else _pool(value_pages),
+        cos=None if cos is None else _by_token(cos),
+        sin=None if sin is None else _by_token(sin),
     )
-
-    def restored(pages, pool):
-        if not isinstance(pages, QArray):
-            return None if pages is None else pool.codes
-        return dataclasses.replace(pages, qvalue=pool.codes, scale=pool.scale)
-
     return (
         query if rotated is None else rotated.reshape(query.shape),
-        *map(restored, (key_pages, value_pages), written),
+        _pages(key_pages, key_pool),
+        None if value_pages is None or value_pool is None else _pages(value_pages, value_pool),
     )
+
+
+def _by_token(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _pages(like: Array | QArray, pool: kernel_sm90.Pool) -> Array | QArray:
+    if not isinstance(like, QArray):
+        return pool.codes
+    return dataclasses.replace(like, qvalue=pool.codes, scale=pool.scale)
 
 
 def rotate(
