@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,13 +106,24 @@ class Linear(nnx.Module):
         return None if self.activation_scale is None else self.activation_scale.get_value()
 
     def __call__(self, x: Float[Array, "... K"] | QuantizedInput) -> Float[Array, "... N"]:
-        """The product in x's dtype."""
+        """The product in x's dtype.
+
+        Raises:
+            ValueError: If x is quantized and not in `input_format`.
+        """
+        bias = None if self.bias is None else self.bias.get_value()
+        if isinstance(x, QuantizedInput):
+            if x.activation != self.input_format():
+                raise ValueError(
+                    f"Linear: takes a quantized input in {self.input_format()} only; found {x.activation}"
+                )
+            return dot(x, self.weight.get_value(), bias=bias, implementation=self.implementation)
         if self.fake_quant is not None:
             x = self.fake_quant.input(x)
         y = sharded_dot(
             x,
             self.weight_value(),
-            bias=None if self.bias is None else self.bias.get_value(),
+            bias=bias,
             activation_format=self.activation_format,
             activation_scale=self.input_scale(),
             sharding=self.sharding,
@@ -284,8 +296,11 @@ class RMSNorm(nnx.Module):
         layers: Sequence[Linear],
         x: Float[Array, "... D"],
         residual: Float[Array, "... D"] | None = None,
-    ) -> tuple[Float[Array, "... D"] | QuantizedInput, Float[Array, "... D"]]:
-        """The norm of x + residual for these layers, quantized once if they agree on a format; and the sum."""
+    ) -> tuple[Any, Float[Array, "... D"]]:
+        """The norm of x + residual as these layers take it, and the sum.
+
+        The norm is a `QuantizedInput` if they agree on a format, else an array.
+        """
         activation = shared_input_format(layers)
         if activation is None:
             total = x if residual is None else x + residual

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from qjax.formats import ActivationFormat
 from qjax.ops._dispatch import choose
 from qjax.ops._dot_kernels import kernel_of, product, unsupported_reason
-from qjax.ops._quantized_input import QuantizedInput, check_weight
+from qjax.ops._quantized_input import QuantizedInput, matching_weight
 from qjax.qarray import QArray, dequantize_stored
 from qjax.quantization import quantize_activation
 
@@ -54,42 +54,26 @@ def dot(
         )
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     lead = x.shape[:-1]
-    operand = None
     if isinstance(x, QuantizedInput):
-        check_weight(x, w)
-        operand, activation_format, activation_scale = (x.codes, x.scale), x.activation, None
+        return _dot_of_quantized(x, w, bias, out_dtype, implementation)
     if isinstance(w, QArray) and w.column_perm is not None:
         if isinstance(x, QArray):
             raise ValueError("dot: permute x's columns by w.column_perm before quantizing x")
         x = jnp.take(x, w.column_perm, axis=-1)
         w = dataclasses.replace(w, column_perm=None)
     if isinstance(w, QArray):
-        like = x.like if isinstance(x, QuantizedInput) else x
-        flat = like if isinstance(like, QArray) else like.reshape(-1, k)
-        reason = unsupported_reason(
-            flat, w, activation_format=activation_format, out_dtype=out_dtype
+        flat = x if isinstance(x, QArray) else x.reshape(-1, k)
+        y = _kernel_product(
+            flat, w, bias, activation_format, activation_scale, out_dtype, implementation
         )
-        if choose("dot", implementation, reason) == "pallas_mosaic_gpu":
-            kernel, _ = kernel_of(flat, w, activation_format, out_dtype)
-            assert kernel is not None
-            y = product(
-                kernel,
-                flat,
-                w,
-                bias,
-                activation_format=activation_format,
-                activation_scale=activation_scale,
-                out_dtype=out_dtype,
-                operand=operand,
-            )
+        if y is not None:
             return y.reshape(*lead, w.shape[0])
     quantized = x
-    if isinstance(x, QuantizedInput):
-        quantized, x = x.qarray(), x.like
-    elif activation_format is not None and not isinstance(x, QArray):
+    if activation_format is not None and not isinstance(x, QArray):
         quantized = quantize_activation(x.reshape(-1, k), activation_format, scale=activation_scale)
         if not isinstance(w, QArray):  # quantization-aware training: values on the grid
-            x = quantized = straight_through(x, quantized.dequantize().reshape(x.shape))
+            kept: Array = straight_through(x, quantized.dequantize().reshape(x.shape))
+            x = quantized = kept
     if not isinstance(w, QArray) and not isinstance(x, QArray):
         # A 16-bit result keeps cotangents 16 bits wide, so that the gradients' products are as fast.
         narrow = bias is None and out_dtype == x.dtype
@@ -107,6 +91,47 @@ def dot(
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
     return y.astype(out_dtype)
+
+
+def _dot_of_quantized(
+    x: QuantizedInput, w: Array | QArray, bias, out_dtype, implementation
+) -> Array:
+    w = matching_weight(x, w)
+    like, operand = x.like.reshape(-1, x.shape[-1]), (x.codes, x.scale)
+    y = _kernel_product(like, w, bias, x.activation, None, out_dtype, implementation, operand)
+    if y is None:
+        y = _xla(straight_through(like, _float32(x.qarray())), _float32(w))
+        if bias is not None:
+            y = y + bias.astype(jnp.float32)[None, :]
+    return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype)
+
+
+def _kernel_product(
+    x: Array | QArray,
+    w: QArray,
+    bias,
+    activation_format,
+    activation_scale,
+    out_dtype,
+    implementation,
+    operand=None,
+) -> Array | None:
+    """The product [M, N] by a kernel, or None where XLA is to compute it."""
+    reason = unsupported_reason(x, w, activation_format=activation_format, out_dtype=out_dtype)
+    if choose("dot", implementation, reason) != "pallas_mosaic_gpu":
+        return None
+    kernel, _ = kernel_of(x, w, activation_format, out_dtype)
+    assert kernel is not None
+    return product(
+        kernel,
+        x,
+        w,
+        bias,
+        activation_format=activation_format,
+        activation_scale=activation_scale,
+        out_dtype=out_dtype,
+        operand=operand,
+    )
 
 
 def _xla(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float[Array, "M N"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,8 @@ def quantized_rms_norm(
     arrays = {"x": x, "weight": weight}
     if residual is not None:
         arrays["residual"] = residual
-    return _quantized(_Norm(eps), activation, implementation, arrays, scale)
+    quantized_and_sum: Any = _quantized(_Norm(eps), activation, implementation, arrays, scale)
+    return quantized_and_sum
 
 
 def quantized_silu_mul(
@@ -122,7 +124,8 @@ def quantized_silu_mul(
 ) -> QuantizedInput:
     """`silu_mul` quantized; arguments as `quantized_rms_norm`."""
     arrays = {"x": gate, "up": up}
-    return _quantized(_Gate(), activation, implementation, arrays, scale)[0]
+    quantized_and_none: Any = _quantized(_Gate(), activation, implementation, arrays, scale)
+    return quantized_and_none[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,15 +204,17 @@ def _backward(op, activation, implementation, arrays, cotangents):
 _quantized.defvjp(_forward, _backward)
 
 
-def check_weight(x: QuantizedInput, w: Array | QArray) -> None:
-    """Refuses a weight that a `QuantizedInput` does not fit.
+def matching_weight(x: QuantizedInput, w: Array | QArray) -> QArray:
+    """The weight, if it fits the input.
 
     Raises:
         ValueError: If it is plain, permuted, or its scales are no partner of x's.
     """
-    if not takes_quantized_input(w, x.activation):
-        found = f"{w.format}" if isinstance(w, QArray) else f"{w.dtype}{list(w.shape)}"
-        raise ValueError(
-            f"dot: an input in {x.activation.format.element} {x.activation.format.block_shape} needs an FP8 weight "
-            f"with scales for blocks or rows to match, its columns in order; found {found}"
-        )
+    if isinstance(w, QArray) and takes_quantized_input(w, x.activation):
+        return w
+    format = x.activation.format
+    found = f"{w.format}" if isinstance(w, QArray) else f"{w.dtype}{list(w.shape)}"
+    raise ValueError(
+        f"dot: an input in {format.element} {format.block_shape} needs an FP8 weight with scales for "
+        f"blocks or rows to match, its columns in order; found {found}"
+    )
