@@ -38,7 +38,16 @@ def run(
         batch: Slots, a multiple of the steps' data shards.
         max_len: Tokens that a slot holds.
         prefill_chunk: Prompt tokens that one call takes at most.
+
+    Raises:
+        ValueError: If a sequence may outgrow its slot's pages, whose later tokens would not be kept.
     """
+    for sequence in sequences:
+        if len(sequence.prompt) + sequence.limit > max_len:
+            raise ValueError(
+                f"generate: prompt {sequence.index} has {len(sequence.prompt)} tokens and may get {sequence.limit} "
+                f"more, but a slot's pages hold {max_len}; make slots for longer sequences"
+            )
     state = _Schedule(steps, sequences, batch, max_len, prefill_chunk)
     in_flight: collections.deque[tuple[Array, Owners]] = collections.deque()
     while state.unfinished:

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as Backend
 
 from qjax import Sharding, make_mesh, nn
 from qjax.generation import Completion, Generator
-from qjax.generation._schedule import bucket
+from qjax.generation._schedule import bucket, run
+from qjax.generation._sequence import Sequence
 from qjax.models import llama
 from qjax.recipe import QuantSpec, recipe
 from qjax.sampling import SamplingArrays, SamplingParams, sample
@@ -310,6 +311,12 @@ def test_streams_may_interleave():
 def test_bad_prompts_are_refused_before_anything_runs(prompts, params, message):
     with pytest.raises(ValueError, match=f"generate: .*{message}"):
         shared().stream(prompts, SamplingParams(**params))
+
+
+def test_a_sequence_that_may_outgrow_its_pages_is_refused():
+    short, long = (Sequence(i, [1] * n, GREEDY, 9, None) for i, n in enumerate((7, 8)))
+    with pytest.raises(ValueError, match=r"prompt 1 has 8 tokens and may get 9 more, .* hold 16"):
+        next(run(shared().steps, [short, long], 2, 16, 8))
 
 
 def test_bad_arguments_are_refused():
