@@ -134,8 +134,8 @@ def _interpret_inline_reference(self, eqn, token, get_invals):
     for var, leaf, ref_transforms in zip(eqn.invars, leaves, transforms, strict=False):
         place = None
         if isinstance(var.aval, state_types.AbstractRef):
-            ref, ref_transforms = jaxpr_interpret.resolve_ref(var.aval, leaf, ref_transforms)
             named = state.transform_type(ref_transforms, var.aval)
+            ref, ref_transforms = jaxpr_interpret.resolve_ref(var.aval, leaf, ref_transforms)
             assert isinstance(named, state_types.AbstractRef)
             place = {
                 "mesh_location": self.mesh_location,
