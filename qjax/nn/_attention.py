@@ -18,6 +18,7 @@ from qjax.ops import (
     Rotation,
     dot_product_attention,
     kv_cache_write,
+    latent_attention,
     paged_attention,
     straight_through,
 )
@@ -102,7 +103,7 @@ def attend(
         sharding: Mesh and rules.
         heads: How heads are cut.
         rotation: What to rotate queries and keys by when they are written; only with a cache.
-        value_dim: See `qjax.ops.paged_attention`.
+        value_dim: See `qjax.ops.latent_attention`.
         scale: Factor on the logits, default 1/sqrt(H).
         sliding_window: See `qjax.ops.dot_product_attention`.
         logit_soft_cap: See `qjax.ops.dot_product_attention`.
@@ -137,12 +138,24 @@ def attend(
             implementation=implementation,
         )
         cache = LayerCache(key_pages, value_pages)
+        if cache.value is None:
+            assert value_dim is not None and sinks is None
+            out = latent_attention(
+                query,
+                cache.key,
+                tokens.page_table,
+                positions=tokens.positions,
+                lengths=tokens.lengths,
+                value_dim=value_dim,
+                scale=scale,
+                implementation=implementation,
+            )
+            return out, cache
         out = paged_attention(
             query,
             cache.key,
             cache.value,
             tokens.page_table,
-            value_dim=value_dim,
             **stand,
             **options,
         )

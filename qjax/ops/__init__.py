@@ -6,6 +6,7 @@ from qjax.ops._dot import dot, straight_through
 from qjax.ops._dot_kernels import prepack, prepackable
 from qjax.ops._fp8_training import GRADIENT_ELEMENTS, fp8_dot
 from qjax.ops._kv_cache_write import Rotation, kv_cache_write, rotate, write_pages
+from qjax.ops._latent_attention import latent_attention
 from qjax.ops._quantized_input import (
     QuantizedInput,
     quantized_rms_norm,
@@ -26,6 +27,7 @@ __all__ = [
     "dot_product_attention",
     "fp8_dot",
     "kv_cache_write",
+    "latent_attention",
     "paged_attention",
     "prepack",
     "prepackable",
