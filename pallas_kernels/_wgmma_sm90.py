@@ -44,7 +44,7 @@ def fp8_product(
 
     def product(ctx, left, right, *recycle):
         del ctx
-        return emit(left, right, recycle)
+        return emit(left, (right,), recycle)
 
     product.interpret_impl = lambda left, right, *recycle: _reference(left, right)  # pyright: ignore[reportFunctionMemberAccess]
     if tiled:
@@ -72,7 +72,7 @@ def mixed_product(left: Array, right, *, first: int, recycle: Array | None = Non
 
     def product(ctx, left, right, *recycle):
         del ctx
-        return emit(left, right, recycle)
+        return emit(left, (right,), recycle)
 
     def reference(left, right, *recycle):
         return _reference(left, right[:, first : first + k])
@@ -80,6 +80,33 @@ def mixed_product(left: Array, right, *, first: int, recycle: Array | None = Non
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     arg_types = (plgpu.Layout.WGMMA, _tiled(left.dtype, 128))
     return _inline(product, arg_types, (left, right), recycle, right.shape[0])
+
+
+def fp8_register_product(left: Array, rights, *, recycle: Array | None = None) -> Array:
+    """left @ (sum of rights).T in float32, the left operand in registers.
+
+    Args:
+        left: [64, 128], e4m3, in ``Layout.WGMMA_8BIT``.
+        rights: Shared memory [N, 128] of each, e4m3 or e5m2, swizzled by 128 bytes without tiling.
+        recycle: An earlier product whose registers may hold this one.
+
+    Returns:
+        [64, N] in ``Layout.WGMMA``.
+    """
+    types = [_PTX_TYPES[jnp.dtype(x.dtype).name] for x in (left, *rights)]
+
+    def product(ctx, left, *rest):
+        del ctx
+        rights_, recycle = rest[: len(rights)], rest[len(rights) :]
+        return _emit(left, rights_, recycle, types=types, swizzle=128, first=0)
+
+    def reference(left, *rest):
+        return sum(_reference(left, right) for right in rest[: len(rights)])
+
+    product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
+    ref = plgpu.RefType((plgpu.SwizzleTransform(128),))
+    arg_types = (plgpu.Layout.WGMMA_8BIT, *(ref for _ in rights))
+    return _inline(product, arg_types, (left, *rights), recycle, rights[0].shape[0])
 
 
 def mixed_accumulate(total: Array, left: Array, right) -> Array:
@@ -97,7 +124,7 @@ def mixed_accumulate(total: Array, left: Array, right) -> Array:
 
     def product(ctx, left, right, total):
         del ctx
-        return _emit(left, right, (total,), types=types, swizzle=128, first=0, accumulate=True)
+        return _emit(left, (right,), (total,), types=types, swizzle=128, first=0, accumulate=True)
 
     product.interpret_impl = lambda left, right, total: total + _reference(left, right)  # pyright: ignore[reportFunctionMemberAccess]
     arg_types = (plgpu.Layout.WGMMA, plgpu.RefType((plgpu.SwizzleTransform(128),)))
@@ -150,11 +177,11 @@ def _inline(product, arg_types, args, recycle: Array | None, columns: int) -> Ar
 
 
 def _emit(
-    left, right, recycle, *, types, swizzle: int, first: int, accumulate: bool = False
+    left, rights, recycle, *, types, swizzle: int, first: int, accumulate: bool = False
 ) -> fa.FragmentedArray:
-    """The instructions of one product: fence, K/k of them, commit, wait."""
+    """The instructions of one product: fence, K/k of them for each right operand, commit, wait."""
     itemsize = 2 if types[0] in ("bf16", "f16") else 1
-    columns = _shape(right)[0]
+    columns = _shape(rights[0])[0]
     count, layout, f32 = columns // 2, fa.WGMMA_LAYOUT_ACC_32BIT, ir.F32Type.get()
     recycled = [_scalar(r) for a in recycle for r in a.to_layout(layout).registers.flat]
     in_registers = isinstance(left, fa.FragmentedArray)
@@ -162,13 +189,13 @@ def _emit(
         i32 = ir.IntegerType.get_signless(32)
         words = [utils.bitcast(r, i32) for r in left.registers.flat]
         depth, left_stride = left.shape[1], 0
-        # With the left operand in registers there is only the right one's transposition to say.
-        flags = "1, 1, 0"
+        # With 16 bits the left operand in registers leaves the right one's transposition to say.
+        flags = "1, 1, 0" if itemsize == 2 else "1, 1"
     else:
         base, left_stride = _descriptor(left, swizzle, itemsize, 64, is_right=False)
         depth = _shape(left)[1]
         words, flags = [base], "1, 1"
-    right_base, right_stride = _descriptor(right, swizzle, itemsize, columns, is_right=True)
+    described = [_descriptor(r, swizzle, itemsize, columns, is_right=True) for r in rights]
 
     operand = count + len(recycled)  # each recycled register is an input tied to an output
     right_operand = operand + len(words)
@@ -178,7 +205,9 @@ def _emit(
     if accumulate:
         ptx.append("setp.ne.b32 add, 1, 0;")
     else:
-        ptx.append(f"setp.eq.b64 add, ${right_operand}, 0;" if recycled else "setp.ne.b32 add, 0, 0;")
+        ptx.append(
+            f"setp.eq.b64 add, ${right_operand}, 0;" if recycled else "setp.ne.b32 add, 0, 0;"
+        )
     for i in range(depth * itemsize // _K_BYTES):
         if in_registers:
             a = "{" + ",".join(f"${operand + 4 * i + j}" for j in range(4)) + "}"
@@ -187,20 +216,21 @@ def _emit(
             offset = mma_utils.encode_addr(group[0] * left_stride + group[1])
             ptx.append(f"add.s64 l, ${operand}, {offset};")
         group, within = divmod(first * itemsize + i * _K_BYTES, swizzle)
-        offset = mma_utils.encode_addr(group * right_stride + within)
-        ptx.append(f"add.s64 r, ${right_operand}, {offset};")
-        ptx.append(
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k{_K_BYTES // itemsize}.f32.{types[0]}.{types[1]} "
-            f"{sums}, {a}, r, add, {flags};"
-        )
-        if i == 0 and not accumulate:
-            ptx.append("setp.ne.b32 add, 1, 0;")
+        for j, (_, right_stride) in enumerate(described):
+            offset = mma_utils.encode_addr(group * right_stride + within)
+            ptx.append(f"add.s64 r, ${right_operand + j}, {offset};")
+            ptx.append(
+                f"wgmma.mma_async.sync.aligned.m64n{columns}k{_K_BYTES // itemsize}"
+                f".f32.{types[0]}.{types[1 + j]} {sums}, {a}, r, add, {flags};"
+            )
+            if (i, j) == (0, 0) and not accumulate:
+                ptx.append("setp.ne.b32 add, 1, 0;")
     ptx += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
     constraints = ["=f"] * count + [str(i) for i in range(len(recycled))]
-    constraints += ["r" if in_registers else "l"] * len(words) + ["l"]
+    constraints += ["r" if in_registers else "l"] * len(words) + ["l"] * len(rights)
     registers = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * count),
-        [*recycled, *words, right_base],
+        [*recycled, *words, *(base for base, _ in described)],
         "\n".join(ptx),
         ",".join(constraints),
         has_side_effects=True,

@@ -1,4 +1,4 @@
-"""The "wgmma" storage of weights: the order in which Hopper's wgmma wants its left operand in registers.
+"""The "wgmma" and "wgmma8" storages of weights: the order in which Hopper's wgmma wants its left operand in registers.
 
 A block of 64 rows by 64 columns is contiguous memory in which each thread of a warpgroup finds its 32 codes in
 chunks of up to 16 bytes. Thread ``32w + 4r + q`` holds the codes of rows ``16w + 8h + r`` and columns
@@ -12,6 +12,11 @@ chunks of up to 16 bytes. Thread ``32w + 4r + q`` holds the codes of rows ``16w 
 Codes of 2 and 4 bits (FP4 too) are those of "packed" storage; 3-bit codes are stored 4 bits wide. 8-bit codes are
 the bytes of "plain" storage (two's complement or FP8), and integers of 5 to 7 bits are stored like that too. Scales
 of 64 rows lie together for each group of columns.
+
+"wgmma8" storage is for FP4 codes that become FP8 numbers: wgmma's fragment of a 64x32 matrix of 8-bit elements. Word
+``4 * thread + 2j + h`` holds row ``16w + 8h + r``, columns ``32j + 16p + 4q + i``. Magnitudes (three bits) start at
+bit 16p + 4i, where PRMT finds the selectors of four bytes; signs are bits 8i + 7 of the codes with p = 0, and
+8i + 3 of those with p = 1.
 """
 
 import jax.numpy as jnp
@@ -87,6 +92,41 @@ def from_words(words: Array, width: int = 4) -> Array:
         b = b.transpose(0, 1, 3, 10, 4, 2, 6, 8, 9, 5, 7).reshape(*b.shape[:1], -1, 4)
         b = b[..., 0] | (b[..., 1] << 2) | (b[..., 2] << 4) | (b[..., 3] << 6)
     return b.reshape(*lead, row_blocks * BLOCK, column_blocks * BLOCK * width // 8)
+
+
+def to_words8(codes: Array) -> Array:
+    """int32 [..., N/64, K/64, 2, 256] of FP4 codes uint8 [..., N, K/2], the even column in the low nibble."""
+    *lead, n, half = codes.shape
+    b = codes.reshape(-1, n // BLOCK, 4, 2, 8, half * 2 // BLOCK, 2, 2, 4, 2)
+    # Axes: row block, column block, warp, row, quad of columns, 32 columns, row half, 16 columns, byte.
+    b = b.transpose(0, 1, 5, 2, 4, 8, 6, 3, 7, 9).astype(jnp.uint32)
+    words = jnp.zeros(b.shape[:-2], jnp.uint32)
+    for p, i, magnitude, sign in _fp4_fields():
+        code = b[..., p, i // 2] >> jnp.uint32(4 * (i % 2))
+        words |= (code & jnp.uint32(7)) << jnp.uint32(magnitude)
+        words |= ((code >> jnp.uint32(3)) & jnp.uint32(1)) << jnp.uint32(sign)
+    shape = codes_shape(n, half * 2)
+    return lax.bitcast_convert_type(words, jnp.int32).reshape(*lead, *shape)
+
+
+def from_words8(words: Array) -> Array:
+    """The inverse of `to_words8`."""
+    *lead, row_blocks, column_blocks, _, _ = words.shape
+    w = lax.bitcast_convert_type(words, jnp.uint32)
+    w = w.reshape(-1, row_blocks, column_blocks, 4, 8, 4, 2, 2)
+    out = [[jnp.zeros(w.shape, jnp.uint8)] * 2 for _ in range(2)]
+    for p, i, magnitude, sign in _fp4_fields():
+        code = (w >> jnp.uint32(magnitude)) & jnp.uint32(7)
+        code |= ((w >> jnp.uint32(sign)) & jnp.uint32(1)) << jnp.uint32(3)
+        out[p][i // 2] |= (code << jnp.uint32(4 * (i % 2))).astype(jnp.uint8)
+    b = jnp.stack([jnp.stack(x, axis=-1) for x in out], axis=-2)
+    b = b.transpose(0, 1, 3, 7, 4, 2, 6, 8, 5, 9)
+    return b.reshape(*lead, row_blocks * BLOCK, column_blocks * BLOCK // 2)
+
+
+def _fp4_fields():
+    """(p, i, first bit of the magnitude, bit of the sign) of a word's codes."""
+    return [(p, i, 16 * p + 4 * i, 8 * i + 7 - 4 * p) for p in (0, 1) for i in range(4)]
 
 
 def to_row_blocks(values: Array) -> Array:

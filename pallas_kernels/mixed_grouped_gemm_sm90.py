@@ -1,0 +1,375 @@
+"""Grouped products of 16-bit activations and 4-bit weights for Hopper: each expert's tokens meet its own weight.
+
+``out[t, n] = sum_k w[e, n, k] * x[t, k] + bias[e, n]``, e the group of row t; or, gated, of two such products
+``out = act(gate) * (up + offset)``, in one kernel that never stores gate and up. Weights are MXFP4 (float4_e2m1fn
+with an e8m0 scale for each 32 columns: OCP Microscaling formats, version 1.0) or INT4 with scales of x's dtype for
+each group, in "wgmma" storage (`qjax.wgmma_layout`).
+
+FP4 weights meet FP8 tensor cores, because FP4 times a power of two is FP8, made by few instructions. Activations of 16
+bits go in as two FP8 terms (`split_rows`): e4m3 keeps a number's first four bits and e5m2 the rest, so nothing of
+bfloat16 is lost but what is 2^-24 times the row's largest. Activations that were quantized to e4m3 are one term, at
+twice the speed. INT4 weights meet 16-bit tensor cores.
+
+The tile is the transpose of the output's, 64 weight rows by up to 128 tokens for each block, and a line of the
+table that `_grouped_tiles_sm90` describes: a tile starts wherever its group starts, and rows that belong to the
+next group are multiplied but not stored. Weights are scaled in registers:
+
+    producer warpgroup                         math warpgroups (a block of 64 rows, a part of a step's K)
+    ------------------                         --------------------------------------------------------
+    for each tile and row tile of this CTA:    for each tile and row tile of this CTA:
+      for each `step` of K:                      for each `step` of K:
+        wait  empty[slot]        <-------------+   wait  full[slot]
+        TMA x      -> x_smem[slot]             |   for each 128 bytes of the part's x, for each piece:
+        TMA codes  -> codes_smem[slot]         |     codes * scales -> weights in registers
+        TMA scales -> scale_smem[slot]         |     sums[piece] += wgmma(weights, x_smem)
+        (all arrive on full[slot]) --------->  +-- arrive empty[slot]
+                                                 parts > 0: sums -> sum_smem -> part 0
+                                                 activation, bias -> out_smem (transposed) -> TMA stores
+
+The pieces of a gated product are a block of gate and the same block of up.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+
+from qjax.pallas_kernels._mixed_grouped_gemm_sm90 import (
+    COLUMNS,
+    MAX_SMEM,
+    Element,
+    GatedActivation,
+    MixedTileConfig,
+    launch,
+)
+from qjax.wgmma_layout import BLOCK, WORDS
+
+__all__ = [
+    "MAX_SMEM",
+    "FP8Rows",
+    "GatedActivation",
+    "GroupedWeights",
+    "MixedTileConfig",
+    "choose_tiles",
+    "mixed_gated_grouped_gemm",
+    "mixed_grouped_gemm",
+    "split_rows",
+    "unsupported_reason",
+    "with_stages",
+]
+
+
+def unsupported_reason(
+    n: int,
+    k: int,
+    *,
+    element: str,
+    group_size: int,
+    x_dtype: DTypeLike = "bfloat16",
+    scale_dtype: DTypeLike = "float8_e8m0fnu",
+) -> str | None:
+    """Why the kernel can't take x [T, k] and weights [E, n, k], None if it can.
+
+    Args:
+        n: Weight rows.
+        k: Columns.
+        element: The weights' element.
+        group_size: Columns that share a scale.
+        x_dtype: The activations' dtype, also the output's.
+        scale_dtype: The scales' dtype.
+    """
+    x_dtype, scale_dtype = jnp.dtype(x_dtype).name, jnp.dtype(scale_dtype).name
+    if element == "float4_e2m1fn":
+        if (x_dtype, scale_dtype, group_size) != ("bfloat16", "float8_e8m0fnu", 32):
+            return (
+                "FP4 weights need bfloat16 x and float8_e8m0fnu scales of 32 columns; "
+                f"found {x_dtype}, {scale_dtype} and {group_size}"
+            )
+    elif element != "int4":
+        return f"weights must be float4_e2m1fn or int4; found {element}"
+    elif x_dtype not in ("bfloat16", "float16") or scale_dtype != x_dtype:
+        return (
+            "INT4 weights need bfloat16 or float16 x and scales of its dtype; "
+            f"found {x_dtype} and {scale_dtype}"
+        )
+    elif group_size not in (32, 64) and group_size % 128:
+        return f"groups must be of 32, 64 or a multiple of 128 columns; found {group_size}"
+    if n < BLOCK or n % BLOCK or k < BLOCK or k % BLOCK:
+        return f"N and K must be multiples of {BLOCK}; found N={n}, K={k}"
+    return None
+
+
+class FP8Rows(NamedTuple):
+    """Activations [T, K] as scaled sums of FP8 arrays: ``scale[:, None] * sum(terms)``.
+
+    Attributes:
+        terms: One or two arrays [T, K], float8_e4m3fn or float8_e5m2.
+        scale: float32 [T], or more: what follows is not read.
+    """
+
+    terms: tuple[Array, ...]
+    scale: Array
+
+
+def split_rows(x: Array) -> FP8Rows:
+    """Activations of 16 bits [T, K] as e4m3 and e5m2 terms with a power of two for each row.
+
+    e4m3 rounds a number to four bits, from 2^7 of a row's largest downwards; what is left over of bfloat16's
+    eight bits are at most three and a half, which e5m2 holds.
+    """
+    amax = jnp.max(jnp.abs(x), axis=1, initial=0).astype(jnp.float32)
+    exponent = lax.bitcast_convert_type(amax, jnp.uint32) & jnp.uint32(0x7F800000)
+    power = lax.bitcast_convert_type(exponent, jnp.float32)  # the largest not above amax
+    scale = jnp.where(power < 2.0**-100, 2.0**-100, power * 2.0**-7)
+    scaled = x.astype(jnp.float32) / lax.optimization_barrier(scale)[:, None]
+    first = scaled.astype(jnp.float8_e4m3fn)
+    rest = (scaled - first.astype(jnp.float32)).astype(jnp.float8_e5m2)
+    return FP8Rows((first, rest), jnp.pad(scale, (0, COLUMNS[-1]), constant_values=1.0))
+
+
+def choose_tiles(
+    rows: float, *, element: Element = "float4_e2m1fn", gated: bool, group_size: int = 32
+) -> MixedTileConfig:
+    """The tiling for so many rows of each group that has any.
+
+    Few tokens: a block of rows for each two warpgroups, which share K, so that each SM has many loads in
+    flight. Many: two warpgroups with as many rows and tokens as registers hold.
+    """
+    # Two float32 sums of 128 tokens and a product that is promoted to them are a little too much.
+    fits = [c for c in COLUMNS if c < 128 or element == "int4"]
+    columns = next((c for c in fits if c >= rows), fits[-1])
+    pieces = 2 if gated or columns >= 64 else 1
+    depth = 128 if element == "float4_e2m1fn" or group_size > 64 or columns == 64 else 64
+    parts = 2 if columns <= 32 else 1
+    return with_stages(MixedTileConfig(columns, 2, parts, pieces, depth, 2))
+
+
+def with_stages(config: MixedTileConfig) -> MixedTileConfig:
+    """The tiling with as many stages as fit, 12 at most."""
+    options = [dataclasses.replace(config, stages=s) for s in range(12, 1, -1)]
+    return next((c for c in options if c.smem_bytes() <= MAX_SMEM), options[-1])
+
+
+class GroupedWeights(NamedTuple):
+    """One operand: the weights of all groups.
+
+    Attributes:
+        codes: int32 [E, N/64, K/64, 2, 256] of `qjax.wgmma_layout`.
+        scale: [E, N/64, G, 64], a scale for each group of columns and row: float8_e8m0fnu codes relative to
+            `global_scale` for FP4 (at most 127, the code of 1; greater ones stand for those below 0, which
+            round to zeros), numbers of x's dtype for INT4, where groups of more than 128 columns are repeated
+            for each 128.
+        global_scale: float32 [E], powers of two, for FP4.
+        bias: [E, N], floating, added in float32; or None.
+    """
+
+    codes: Array
+    scale: Array
+    global_scale: Array | None = None
+    bias: Array | None = None
+
+
+def mixed_grouped_gemm(
+    x: Array | FP8Rows,
+    weights: GroupedWeights,
+    group_sizes: Array,
+    *,
+    element: Element,
+    group_size: int,
+    out_dtype: DTypeLike = "bfloat16",
+    expected_rows: float | None = None,
+    config: MixedTileConfig | None = None,
+    num_sms: int | None = None,
+) -> Array:
+    """Rows of each group of x times their own dequantized w[e].T.
+
+    Args:
+        x: [T, K], rows sorted by group, no padding between groups: 16 bits, or FP8 terms for FP4 weights
+            (which `split_rows` makes of 16 bits here).
+        weights: The groups' weights.
+        group_sizes: int32 [E], rows of each group, any that are not negative; their sum is at most T.
+        element: "float4_e2m1fn" or "int4" (u = q + 8).
+        group_size: Columns that share a scale.
+        out_dtype: bfloat16 or float16; x's where x has 16 bits and the weights are INT4.
+        expected_rows: Rows of a group to choose the tiling for; default those of an even spread of x's rows.
+        config: Tiling; default `choose_tiles`.
+        num_sms: SMs to run on; default those of the first device.
+
+    Returns:
+        [T, N] in out_dtype, rows past the groups zeros.
+
+    Raises:
+        ValueError: If shapes or dtypes are not those above, or `unsupported_reason` has a reason.
+    """
+    return _grouped(
+        "mixed_grouped_gemm",
+        x,
+        (weights,),
+        group_sizes,
+        n=None,
+        activation=None,
+        element=element,
+        group_size=group_size,
+        out_dtype=out_dtype,
+        expected_rows=expected_rows,
+        config=config,
+        num_sms=num_sms,
+    )
+
+
+def mixed_gated_grouped_gemm(
+    x: Array | FP8Rows,
+    gate: GroupedWeights,
+    up: GroupedWeights,
+    group_sizes: Array,
+    *,
+    element: Element,
+    group_size: int,
+    activation: GatedActivation,
+    n: int | None = None,
+    out_dtype: DTypeLike = "bfloat16",
+    expected_rows: float | None = None,
+    config: MixedTileConfig | None = None,
+    num_sms: int | None = None,
+) -> Array:
+    """The gated activation of two grouped products of the same x.
+
+    Args:
+        x: As `mixed_grouped_gemm`'s.
+        gate: The weights of the gate.
+        up: Those of up. May be the very arrays of `gate`: then their first N rows are gate's and the last N up's.
+        group_sizes: As `mixed_grouped_gemm`'s.
+        element: As `mixed_grouped_gemm`'s.
+        group_size: As `mixed_grouped_gemm`'s.
+        activation: What becomes of gate and up.
+        n: Rows of gate; default all of its codes'.
+        out_dtype: As `mixed_grouped_gemm`'s.
+        expected_rows: As `mixed_grouped_gemm`'s.
+        config: As `mixed_grouped_gemm`'s.
+        num_sms: As `mixed_grouped_gemm`'s.
+
+    Returns:
+        [T, N] in out_dtype, rows past the groups zeros.
+
+    Raises:
+        ValueError: As `mixed_grouped_gemm`.
+    """
+    return _grouped(
+        "mixed_gated_grouped_gemm",
+        x,
+        (gate, up),
+        group_sizes,
+        n=n,
+        activation=activation,
+        element=element,
+        group_size=group_size,
+        out_dtype=out_dtype,
+        expected_rows=expected_rows,
+        config=config,
+        num_sms=num_sms,
+    )
+
+
+def _grouped(
+    op,
+    x,
+    weights,
+    group_sizes,
+    *,
+    n,
+    activation,
+    element,
+    group_size,
+    out_dtype,
+    expected_rows,
+    config,
+    num_sms,
+) -> Array:
+    out_dtype = jnp.dtype(out_dtype)
+    n = weights[0].codes.shape[1] * BLOCK if n is None else n
+    rows, k = x.terms[0].shape if isinstance(x, FP8Rows) else x.shape
+    _check(op, x, k, weights, group_sizes, n, element, group_size, out_dtype)
+    gated = activation is not None
+    if config is None:
+        even = rows / group_sizes.shape[0] if expected_rows is None else expected_rows
+        config = choose_tiles(math.ceil(even), element=element, gated=gated, group_size=group_size)
+    least = 128 if element == "float4_e2m1fn" or group_size > 64 else 64
+    if (gated and config.pieces != 2) or config.depth < least:
+        raise ValueError(
+            f"{op}: needs a depth of at least {least}{' and 2 pieces' * gated}; found {config}"
+        )
+    if element == "float4_e2m1fn" and not isinstance(x, FP8Rows):
+        x = split_rows(x)
+    terms, scale = x if isinstance(x, FP8Rows) else ((x,), None)
+    if rows % 8:  # TMA wants the array's rows in whole tiles
+        terms = tuple(jnp.pad(t, ((0, -rows % 8), (0, 0))) for t in terms)
+    if scale is not None and scale.shape[0] < rows + COLUMNS[-1]:  # plain loads know no bounds
+        scale = jnp.pad(scale, (0, rows + COLUMNS[-1] - scale.shape[0]))
+    out = launch(
+        terms,
+        scale,
+        weights,
+        group_sizes,
+        n=n,
+        first_blocks=(0, weights[-1].codes.shape[1] - n // BLOCK)[: len(weights)],
+        element=element,
+        group_size=group_size,
+        activation=activation,
+        out_dtype=out_dtype,
+        config=config,
+        num_sms=jax.devices()[0].core_count if num_sms is None else num_sms,
+    )
+    return out[:rows]
+
+
+def _check(op, x, k, weights, group_sizes, n, element, group_size, out_dtype) -> None:
+    """Raises a ValueError that says what is wrong."""
+
+    def expect(name, array, shape, dtype):
+        if tuple(array.shape) != tuple(shape) or (dtype is not None and array.dtype != dtype):
+            dtype = "" if dtype is None else f"{jnp.dtype(dtype).name} "
+            raise ValueError(
+                f"{op}: {name} must be {dtype}{list(shape)}; found {array.dtype} {list(array.shape)}"
+            )
+
+    terms = x.terms if isinstance(x, FP8Rows) else (x,)
+    dtypes = [t.dtype.name for t in terms]
+    if any(t.ndim != 2 or t.shape != terms[0].shape or 0 in t.shape for t in terms):
+        raise ValueError(
+            f"{op}: x must be [T, K], not empty; found {[list(t.shape) for t in terms]}"
+        )
+    if isinstance(x, FP8Rows) and (
+        len(terms) > 2
+        or element != "float4_e2m1fn"
+        or not set(dtypes) <= {"float8_e4m3fn", "float8_e5m2"}
+    ):
+        raise ValueError(
+            f"{op}: FP4 weights take one or two terms of FP8; found {dtypes} for {element}"
+        )
+    reason = unsupported_reason(
+        n,
+        k,
+        element=element,
+        group_size=group_size,
+        x_dtype=out_dtype if isinstance(x, FP8Rows) else x.dtype,
+        scale_dtype=weights[0].scale.dtype,
+    )
+    if reason:
+        raise ValueError(f"{op}: {reason}")
+    groups, groups_k = group_sizes.shape[0], pl.cdiv(k, min(group_size, 128))
+    expect("group_sizes", group_sizes, (groups,), jnp.int32)
+    for codes, scale, global_scale, bias in weights:
+        blocks = max(codes.shape[1] if codes.ndim == 5 else 0, n // BLOCK)
+        expect("codes", codes, (groups, blocks, k // BLOCK, 2, WORDS // 2), jnp.int32)
+        expect("scale", scale, (groups, blocks, groups_k, BLOCK), weights[0].scale.dtype)
+        if (global_scale is not None) != (element == "float4_e2m1fn"):
+            raise ValueError(f"{op}: FP4 weights, and no others, have a global_scale")
+        if global_scale is not None:
+            expect("global_scale", global_scale, (groups,), jnp.float32)
+        if bias is not None:
+            expect("bias", bias, (groups, blocks * BLOCK), None)
