@@ -156,12 +156,12 @@ class ClampedExperts(Experts):
     def feed_forward(
         self, product, x: Float[Array, "M D"], group_sizes: Int[Array, " E"]
     ) -> Float[Array, "M D"]:
-        """The experts' outputs for rows sorted by expert, float32."""
+        """The experts' outputs for rows sorted by expert, in x's dtype."""
         gate_up = product["gate_up_proj"](x, group_sizes)
         gate = jnp.minimum(gate_up[:, 0::2], self.limit)
         up = jnp.clip(gate_up[:, 1::2], -self.limit, self.limit)
         hidden = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
-        return product["down_proj"](hidden, group_sizes, out_dtype=jnp.float32)
+        return product["down_proj"](hidden, group_sizes)
 
 
 class ClampedMoE(nnx.Module):

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
@@ -19,7 +19,7 @@ WHOLE = -1
 """Block size that means "the whole axis" in `QFormat.block_shape`."""
 
 Offset = Literal["zero_point", "minimum"]
-Storage = Literal["plain", "packed", "wgmma"]
+Storage = Literal["plain", "packed", "wgmma", "wgmma8"]
 ScaleRule = Literal["amax", "mx"]
 
 
@@ -86,9 +86,10 @@ class QFormat:
         scale_rule: "amax" maps a block's amax to the grid's end; "mx" floors its exponent as the
             Microscaling formats do, after rounding amax up from 1.75 * 2**e.
         storage: "plain" (one array item per element), "packed" (uint8: a little-endian bit stream
-            along K; integer codes biased by 2**(bits-1), float4 codes raw) or "wgmma" (int32: codes in the
-            order of `wgmma_layout`, scales and offsets of every row likewise; N and K multiples of 64). The last
-            is no checkpoint's: codes of 3 bits take 4, those of 5 to 7 take 8.
+            along K; integer codes biased by 2**(bits-1), float4 codes raw) or one that is no checkpoint's (int32:
+            codes in the order of `wgmma_layout`, scales and offsets of every row likewise; N and K multiples of
+            64): "wgmma" (codes of 3 bits take 4, those of 5 to 7 take 8) or "wgmma8" (MXFP4, whose scales are
+            relative to the largest, which is the global scale).
 
     Raises:
         ValueError: If a field is out of its set or the fields contradict each other.
@@ -122,9 +123,9 @@ class QFormat:
             refuse("scale_rule must be 'amax' or 'mx'", self.scale_rule)
         if self.scale_rule == "mx" and self.scale_dtype != "float8_e8m0fnu":
             refuse("the 'mx' rule makes float8_e8m0fnu scales", self.scale_dtype)
-        if self.storage not in ("plain", "packed", "wgmma"):
-            refuse("storage must be 'plain', 'packed' or 'wgmma'", self.storage)
-        if self.storage not in (_unordered(self.spec), "wgmma"):
+        if self.storage not in get_args(Storage):
+            refuse(f"storage must be one of {get_args(Storage)}", self.storage)
+        if not self.ordered and self.storage != _unordered(self.spec):
             refuse(
                 "8-bit elements are stored 'plain', narrower ones 'packed', both also 'wgmma'",
                 (self.element, self.storage),
@@ -139,6 +140,10 @@ class QFormat:
                 "global scale",
                 (self.block_shape, self.scale_dtype, self.global_scale),
             )
+        mxfp4 = ("float4_e2m1fn", (1, 32), "float8_e8m0fnu", True)
+        found = (self.element, self.block_shape, self.scale_dtype, self.global_scale)
+        if self.storage == "wgmma8" and found != mxfp4:
+            refuse(f"'wgmma8' stores {mxfp4}", found)
 
     @property
     def spec(self) -> Element:
@@ -151,20 +156,26 @@ class QFormat:
         return self.spec.bits
 
     @property
+    def ordered(self) -> bool:
+        """Whether codes are in the order of `wgmma_layout`, which no checkpoint has."""
+        return self.storage in ("wgmma", "wgmma8")
+
+    @property
     def in_checkpoints(self) -> "QFormat":
         """The same format in the storage of checkpoints, "plain" or "packed"."""
-        return dataclasses.replace(self, storage=_unordered(self.spec))
+        global_scale = self.global_scale and self.storage != "wgmma8"
+        return dataclasses.replace(self, storage=_unordered(self.spec), global_scale=global_scale)
 
     @property
     def stored_bits(self) -> int:
         """Bits that a code takes."""
-        return wgmma_layout.width_of(self.bits) if self.storage == "wgmma" else self.bits
+        return wgmma_layout.width_of(self.bits) if self.ordered else self.bits
 
     @property
     def storage_dtype(self) -> jnp.dtype:
         """Dtype of `QArray.qvalue`."""
-        names = {"plain": self.element, "packed": "uint8", "wgmma": "int32"}
-        return jnp.dtype(names[self.storage])
+        names = {"plain": self.element, "packed": "uint8"}
+        return jnp.dtype(names.get(self.storage, "int32"))
 
     @property
     def zero_point_dtype(self) -> jnp.dtype:
@@ -187,20 +198,20 @@ class QFormat:
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of an array of this logical shape: [..., ceil(N/bn), ceil(K/bk)].
 
-        Of "wgmma" storage: [..., N/64, ceil(K/bk), 64], whatever bn is.
+        Of ordered storage: [..., N/64, ceil(K/bk), 64], whatever bn is.
         """
         blocks = (
             -(-n // b) if n else 0 for n, b in zip(shape[-2:], self.block_size(shape), strict=True)
         )
         rows, groups = blocks
-        if self.storage == "wgmma":
+        if self.ordered:
             return (*shape[:-2], shape[-2] // wgmma_layout.BLOCK, groups, wgmma_layout.BLOCK)
         return (*shape[:-2], rows, groups)
 
     @property
     def k_multiple(self) -> int:
         """K must be a multiple of this, so that each row's bit stream is whole bytes."""
-        if self.storage == "wgmma":
+        if self.ordered:
             return wgmma_layout.BLOCK
         return 1 if self.storage == "plain" else {2: 4, 4: 2}.get(self.bits, 8)
 
@@ -217,10 +228,10 @@ class QFormat:
                 f"{self.element} packs K in whole bytes: K must be a multiple of "
                 f"{self.k_multiple}; found shape {tuple(shape)}; pad K"
             )
-        if self.storage == "wgmma":
+        if self.ordered:
             if shape[-2] % wgmma_layout.BLOCK:
                 raise ValueError(
-                    f"'wgmma' storage: N must be a multiple of {wgmma_layout.BLOCK}; found {tuple(shape)}"
+                    f"{self.storage!r} storage: N must be a multiple of {wgmma_layout.BLOCK}; found {tuple(shape)}"
                 )
             n, k = shape[-2:]
             return (*shape[:-2], *wgmma_layout.codes_shape(n, k, self.stored_bits))

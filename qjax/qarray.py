@@ -24,7 +24,7 @@ class QArray:
 
     Attributes:
         qvalue: Codes: [..., N, K] for "plain" storage, uint8 [..., N, K*bits/8] for "packed", int32
-            [..., N/64, K/64, bits/2, 256] for "wgmma".
+            [..., N/64, K/64, bits/2, 256] for "wgmma" and "wgmma8".
         scale: [..., ceil(N/bn), ceil(K/bk)], of either sign.
         zero_point: Integers of scale's shape, in units of the signed code q, or None.
         minimum: Values of scale's shape and dtype, or None.
@@ -77,7 +77,7 @@ class QArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape, computed from the codes and the storage."""
-        if self.format.storage == "wgmma":
+        if self.format.ordered:
             *lead, n, k, _, _ = self.qvalue.shape
             return (*lead, n * wgmma_layout.BLOCK, k * wgmma_layout.BLOCK)
         *lead, last = self.qvalue.shape
@@ -114,7 +114,7 @@ class QArray:
                 )
 
         f = self.format
-        if self.qvalue.ndim < (4 if f.storage == "wgmma" else 2):
+        if self.qvalue.ndim < (4 if f.ordered else 2):
             raise ValueError(
                 f"QArray: qvalue needs at least two axes; found {list(self.qvalue.shape)}"
             )
@@ -153,7 +153,7 @@ def dequantize_stored(w: QArray) -> Array:
 
 
 def to_wgmma(w: QArray) -> QArray:
-    """The same array in "wgmma" storage.
+    """The same array in "wgmma" storage, or experts (more than two axes) of MXFP4 in "wgmma8" storage.
 
     Every row gets the scale of its block, and groups of a multiple of 128 columns the scale of each 128 columns;
     nothing is lost.
@@ -161,8 +161,10 @@ def to_wgmma(w: QArray) -> QArray:
     Raises:
         ValueError: If the format or the shape does not allow it.
     """
-    if w.format.storage == "wgmma":
+    if w.format.ordered:
         return w
+    if w.format.storage == "packed" and w.format.element == "float4_e2m1fn" and w.ndim > 2:
+        return _to_wgmma8(w)
     block_n, block_k = w.format.block_shape
     repeat = block_k // 128 if block_k != WHOLE and block_k % 128 == 0 else 1
     block_k = block_k // repeat
@@ -198,8 +200,10 @@ def to_wgmma(w: QArray) -> QArray:
 
 def to_packed(w: QArray) -> QArray:
     """The same array in the storage of checkpoints: the inverse of `to_wgmma`, others as they are."""
-    if w.format.storage != "wgmma":
+    if not w.format.ordered:
         return w
+    if w.format.storage == "wgmma8":
+        return _from_wgmma8(w)
     format, bits = w.format.in_checkpoints, w.format.bits
     block_n = format.block_size(w.shape)[0]
 
@@ -225,6 +229,39 @@ def to_packed(w: QArray) -> QArray:
         zero_point=by_blocks(w.zero_point, format.zero_point_dtype),
         minimum=by_blocks(w.minimum, format.scale_dtype),
         format=format,
+    )
+
+
+def _to_wgmma8(w: QArray) -> QArray:
+    """MXFP4 in "wgmma8" storage: scale codes count from 127, the code of the largest, modulo 256."""
+    codes = jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
+    largest = jnp.max(codes, axis=(-2, -1), keepdims=True)
+    # The float32 number of this e8m0 code, bit by bit: 2**-127 is subnormal, 255 is NaN.
+    bits = jnp.where(largest == 0, jnp.uint32(0x00400000), largest.astype(jnp.uint32) << 23)
+    bits = jnp.where(largest == 255, jnp.uint32(0x7FC00000), bits)
+    relative = wgmma_layout.to_row_blocks(codes - largest + jnp.uint8(127))
+    return dataclasses.replace(
+        w,
+        qvalue=wgmma_layout.to_words8(w.qvalue),
+        scale=jax.lax.bitcast_convert_type(relative, jnp.float8_e8m0fnu),
+        global_scale=jax.lax.bitcast_convert_type(bits, jnp.float32),
+        format=dataclasses.replace(w.format, storage="wgmma8", global_scale=True),
+    )
+
+
+def _from_wgmma8(w: QArray) -> QArray:
+    """The inverse of `_to_wgmma8`."""
+    assert w.global_scale is not None
+    bits = jax.lax.bitcast_convert_type(w.global_scale, jnp.uint32)
+    largest = (bits >> 23).astype(jnp.uint8)
+    relative = wgmma_layout.from_row_blocks(jax.lax.bitcast_convert_type(w.scale, jnp.uint8))
+    codes = relative - jnp.uint8(127) + largest
+    return dataclasses.replace(
+        w,
+        qvalue=wgmma_layout.from_words8(w.qvalue),
+        scale=jax.lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu),
+        global_scale=None,
+        format=w.format.in_checkpoints,
     )
 
 

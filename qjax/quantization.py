@@ -54,7 +54,7 @@ def quantize(
         ValueError: If x has fewer than two axes or is not floating, or K does not suit the format.
     """
     format = qformat(format)
-    if format.storage == "wgmma":
+    if format.ordered:
         stored = quantize(x, format.in_checkpoints, grid=grid, rounding=rounding, dtype=dtype)
         return to_wgmma(stored)
     _check_input("quantize", x, format)

@@ -161,8 +161,8 @@ def part_specs(format: QFormat, spec: PartitionSpec) -> Mapping[str, PartitionSp
     """
     *lead, n, k = spec
     bn, bk = format.block_shape
-    # "wgmma" storage has blocks of rows and columns in their place, and axes within a block.
-    ordered = format.storage == "wgmma"
+    # Ordered storage has blocks of rows and columns in their place, and axes within a block.
+    ordered = format.ordered
     scale_within, within = ((None,), (None, None)) if ordered else ((), ())
     rows = n if ordered or bn != WHOLE else None  # ordered scales are those of all rows
     scale = PartitionSpec(*lead, rows, None if bk == WHOLE else k, *scale_within)

@@ -26,7 +26,7 @@ def declared_spec(layer: nnx.Module) -> QuantSpec | None:
     if not isinstance(value, QArray):
         return QuantSpec(None, activations)
     declared = layer.spec.weights
-    if value.format.storage == "wgmma":
+    if value.format.ordered:
         if value.format.in_checkpoints == declared:
             return QuantSpec(declared, activations)
         value = to_packed(value)

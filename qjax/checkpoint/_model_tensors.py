@@ -75,10 +75,10 @@ class Layer:
             array = getattr(w, part)
             if array is not None:
                 parts[part] = to_host(array, None if part == "column_perm" else expert)
-        if w.format.storage == "wgmma":
+        if w.format.ordered:
             w = jax.tree.map(jnp.asarray, dataclasses.replace(w, **parts))
             w = jax.tree.map(np.asarray, to_packed(w))
-            parts = {part: getattr(w, part) for part in parts}
+            parts = {part: getattr(w, part) for part in parts if getattr(w, part) is not None}
         return reblock_parts(w, parts, self.format.block_shape, self.names[index])
 
 

@@ -27,7 +27,7 @@ from qjax.quantization import compute_grid, quantize_activation, refine_blocks
 from qjax.sharding import Sharding, array_specs, part_specs, sharded_format
 
 Product = Callable[..., Array]
-"""(rows sorted by expert [M, K], rows of each expert [E], out_dtype) -> [M, N]."""
+"""(rows sorted by expert [M, K], rows of each expert [E]) -> [M, N]."""
 
 
 class ExpertLinear(nnx.Module):
@@ -119,10 +119,10 @@ class ExpertLinear(nnx.Module):
         return [f"{parent}.{e}.{name}" for e in range(self.num_experts)]
 
     def __call__(
-        self, x: Float[Array, "M K"], group_sizes: Int[Array, " E"], *, out_dtype=None
+        self, x: Float[Array, "M K"], group_sizes: Int[Array, " E"]
     ) -> Float[Array, "M N"]:
         """Each row times its expert's weight, on one device; see `qjax.ops.ragged_dot`."""
-        return self.local_product(self.operands(), x, group_sizes, out_dtype=out_dtype)
+        return self.local_product(self.operands(), x, group_sizes)
 
     def operands(self) -> tuple:
         """(weight, bias, activation scale): what `local_product` takes, each device its part."""
@@ -136,14 +136,13 @@ class ExpertLinear(nnx.Module):
         )
         return weight, P(self.expert_axis, self.out_axis), P(self.expert_axis)
 
-    def local_product(self, operands, x, group_sizes, *, out_dtype=None) -> Array:
+    def local_product(self, operands, x, group_sizes) -> Array:
         """This device's product, inside `jax.shard_map` where there is a mesh.
 
         Args:
             operands: Its experts and channels of `operands`.
             x: [M, K], its channels of K.
             group_sizes: Rows of each of its experts.
-            out_dtype: Default x's dtype.
 
         Returns:
             [M, N], partial sums (which the caller adds up) where `in_axis` cuts K; rows past the groups
@@ -151,7 +150,7 @@ class ExpertLinear(nnx.Module):
         """
         weight, bias, scale = operands
         activation = self.activation_format
-        out_dtype = x.dtype if out_dtype is None else out_dtype
+        out_dtype = x.dtype
         if activation is not None and self.sharding.mesh is not None:
             activation, scale = _shared_scale(x, activation, scale, self.sharding)
             if self.in_axis is not None and _needs_whole_rows(x.shape[-1], activation):
@@ -276,10 +275,10 @@ class Experts(nnx.Module):
     def feed_forward(
         self, product: Mapping[str, Product], x: Float[Array, "M D"], group_sizes: Int[Array, " E"]
     ) -> Float[Array, "M D"]:
-        """The experts' outputs for rows sorted by expert, float32."""
+        """The experts' outputs for rows sorted by expert, in x's dtype."""
         gate = product["gate_proj"](x, group_sizes)
         hidden = jax.nn.silu(gate) * product["up_proj"](x, group_sizes)
-        return product["down_proj"](hidden, group_sizes, out_dtype=jnp.float32)
+        return product["down_proj"](hidden, group_sizes)
 
     def __call__(
         self,
@@ -296,8 +295,8 @@ class Experts(nnx.Module):
 
         def local(operands, x, weights, experts):
             def bound(layer, parts):
-                def product(x, group_sizes, *, out_dtype=None):
-                    return layer.local_product(parts, x, group_sizes, out_dtype=out_dtype)
+                def product(x, group_sizes):
+                    return layer.local_product(parts, x, group_sizes)
 
                 return product
 
@@ -326,7 +325,7 @@ class Experts(nnx.Module):
         group_sizes = jnp.bincount(expert, length=count + 1)[:count]
         rows = jnp.take(x.reshape(-1, d), order // k, axis=0)
         y = self.feed_forward(product, rows, group_sizes)
-        y = jnp.take(y, jnp.argsort(order), axis=0).reshape(b, t, k, d)
+        y = jnp.take(y, jnp.argsort(order), axis=0).reshape(b, t, k, d).astype(jnp.float32)
         return jnp.sum(y * weights.astype(jnp.float32)[..., None], axis=2)
 
 

@@ -4,7 +4,9 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qjax.formats import WHOLE
 from qjax.nn._linear import Linear
+from qjax.nn._moe import ExpertLinear
 from qjax.nn._params import QuantizedParam, modules
 from qjax.ops import prepack as prepack_array
 from qjax.ops import prepackable
@@ -14,7 +16,7 @@ from qjax.wgmma_layout import BLOCK
 
 
 def prepack(model: nnx.Module) -> int:
-    """Gives every `Linear` whose weight a kernel takes re-laid out that layout, in place.
+    """Gives every `Linear` and `ExpertLinear` whose weight a kernel takes re-laid out that layout, in place.
 
     One weight at a time, so memory never holds more than one twice. Weights whose shards would cut a block of
     64 rows or columns, and such that no kernel re-lays out, stay as they are (`qjax.prepack`).
@@ -27,7 +29,7 @@ def prepack(model: nnx.Module) -> int:
     """
     count = 0
     for _, module in modules(model):
-        if isinstance(module, Linear) and isinstance(module.weight, QuantizedParam):
+        if isinstance(module, Linear | ExpertLinear) and isinstance(module.weight, QuantizedParam):
             w = module.weight.get_value()
             if _takes(module, w):
                 module.weight.set_value(_convert(module, w))
@@ -35,22 +37,28 @@ def prepack(model: nnx.Module) -> int:
     return count
 
 
-def _takes(module: Linear, w: QArray) -> bool:
+def _takes(module: Linear | ExpertLinear, w: QArray) -> bool:
     if not prepackable(w) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
         return False
-    if module.activation_format is not None:
+    inputs = module.activation_format
+    if inputs is not None and not (_fp4_experts(w) and inputs.format.block_shape == (1, WHOLE)):
         return False
     return all(
         size // BLOCK % module.sharding.size(axis) == 0
-        for size, axis in zip(w.shape, (module.out_axis, module.in_axis), strict=True)
+        for size, axis in zip(w.shape[-2:], (module.out_axis, module.in_axis), strict=True)
     )
 
 
-def _convert(module: Linear, w: QArray) -> QArray:
+def _fp4_experts(w: QArray) -> bool:
+    return w.ndim == 3 and w.format.element == "float4_e2m1fn"
+
+
+def _convert(module: Linear | ExpertLinear, w: QArray) -> QArray:
     mesh = module.sharding.mesh
     if mesh is None:
         return jax.jit(prepack_array)(w)
-    spec = PartitionSpec(module.out_axis, module.in_axis)
+    lead = (module.expert_axis,) if isinstance(module, ExpertLinear) else ()
+    spec = PartitionSpec(*lead, module.out_axis, module.in_axis)
     specs = array_specs(jax.eval_shape(prepack_array, w), spec)
     shardings = jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)

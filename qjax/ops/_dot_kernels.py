@@ -225,8 +225,9 @@ def prepack(w: QArray) -> QArray:
     """The weight in the layout of the kernel that multiplies it with 16-bit inputs, done once where a model is loaded.
 
     Integers of 2 to 8 bits, FP8 and MXFP4 in groups of 32, 64, a multiple of 128 or all columns get "wgmma" storage if
-    N and K are multiples of 64; other arrays are returned as they are. The values are the same. Weights that
-    meet quantized inputs keep their layout: don't prepack those.
+    N and K are multiples of 64; of experts [E, N, K], MXFP4 ("wgmma8") and symmetric INT4 do. Other arrays are
+    returned as they are. The values are the same. Weights that meet quantized inputs keep their layout, but for
+    experts of MXFP4: don't prepack those.
     """
     return to_wgmma(w) if prepackable(w) else w
 
@@ -235,8 +236,13 @@ def prepackable(w: QArray) -> bool:
     """Whether `prepack` re-lays this array out."""
     f, (n, k) = w.format, w.shape[-2:]
     block_k = f.block_shape[1]
+    if w.ndim > 2:
+        scales = {"float4_e2m1fn": ("float8_e8m0fnu",), "int4": ("bfloat16", "float16")}
+        fits = f.offset is None and w.column_perm is None and block_k != WHOLE
+        if not fits or f.scale_dtype not in scales.get(f.element, ()):
+            return False
     return (
-        f.storage != "wgmma"
+        not f.ordered
         and not f.global_scale
         and f.scale_dtype in (*mixed_gemm_sm90.SCALE_DTYPES, "float8_e8m0fnu")
         and (block_k in (32, 64, WHOLE) or block_k % 128 == 0)

@@ -8,11 +8,11 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from qjax.formats import ActivationFormat
+from qjax.formats import WHOLE, ActivationFormat
 from qjax.ops._dispatch import choose, device_reason, num_sms
 from qjax.ops._dot import straight_through
-from qjax.ops._dot_kernels import describe, fp8_pair, quantized_operand
-from qjax.pallas_kernels import fp8_grouped_gemm_sm90
+from qjax.ops._dot_kernels import describe, fp8_pair, prepackable, quantized_operand
+from qjax.pallas_kernels import fp8_grouped_gemm_sm90, mixed_grouped_gemm_sm90
 from qjax.qarray import QArray, decode_scale, dequantize_stored
 from qjax.quantization import quantize_activation
 
@@ -95,26 +95,65 @@ def unsupported_reason(
     inputs = (
         lhs.format if isinstance(lhs, QArray) else activation_format and activation_format.format
     )
+    out_dtype = lhs.dtype if out_dtype is None else out_dtype
+    if lhs.shape[0] == 0:
+        return "there are no rows"
+    if rhs.format.ordered:
+        return _mixed_reason(lhs, rhs, inputs, out_dtype)
+    if prepackable(rhs) and inputs is None:
+        return "the experts have a checkpoint's layout: qjax.prepack(w) once for the kernel"
     pair = fp8_pair(rhs.format, inputs) if rhs.format.element.startswith("float8") else None
     if pair is None:
         return f"no kernel for experts of {describe(rhs.format)} with {describe(inputs)} inputs"
     if activation_format is not None and activation_format.static:
         return "static scales differ between experts: their inputs are quantized by XLA"
-    if lhs.shape[0] == 0:
-        return "there are no rows"
     assert inputs is not None
     return fp8_grouped_gemm_sm90.unsupported_reason(
         *rhs.shape[1:],
         x_dtype=inputs.element,
         w_dtype=rhs.format.element,
-        out_dtype=lhs.dtype if out_dtype is None else out_dtype,
+        out_dtype=out_dtype,
+    )
+
+
+def _mixed_reason(lhs, rhs: QArray, inputs, out_dtype) -> str | None:
+    """Why the kernel of 4-bit experts can't take this product, None if it can."""
+    f = rhs.format
+    per_token = inputs is not None and inputs.block_shape == (1, WHOLE)
+    if inputs is not None and not (per_token and inputs.element.startswith("float8")):
+        return f"no kernel for experts of {describe(f)} with {describe(inputs)} inputs"
+    if inputs is None and jnp.dtype(out_dtype) != lhs.dtype:
+        return f"the kernel's output has lhs' dtype {lhs.dtype}; found {jnp.dtype(out_dtype)}"
+    if f.storage == "wgmma" and (f.element != "int4" or f.offset or inputs is not None):
+        return f"no kernel for experts of {describe(f)} with {describe(inputs)} inputs"
+    return mixed_grouped_gemm_sm90.unsupported_reason(
+        *rhs.shape[1:],
+        element=f.element,
+        group_size=f.block_size(rhs.shape)[1],
+        x_dtype=out_dtype,
+        scale_dtype=rhs.scale.dtype,
     )
 
 
 def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
-    """By the FP8 kernel; `static` is the activation format and the name of the output's dtype."""
+    """By a kernel; `static` is the activation format and the name of the output's dtype."""
     activation_format, out_dtype = static
     rows = lhs.shape[0]
+    if rhs.format.ordered:
+        x = lhs
+        if activation_format is not None or isinstance(lhs, QArray):
+            codes, x_scale = quantized_operand(lhs, activation_format, None)
+            x = mixed_grouped_gemm_sm90.FP8Rows((codes[:rows],), x_scale)
+        global_scale = None if rhs.global_scale is None else rhs.global_scale.reshape(-1)
+        return mixed_grouped_gemm_sm90.mixed_grouped_gemm(
+            x,
+            mixed_grouped_gemm_sm90.GroupedWeights(rhs.qvalue, rhs.scale, global_scale, bias),
+            group_sizes.astype(jnp.int32),
+            element=rhs.format.element,
+            group_size=rhs.format.block_size(rhs.shape)[1],
+            out_dtype=out_dtype,
+            num_sms=num_sms(),
+        )
     codes, x_scale = quantized_operand(lhs, activation_format, None)
     w_scale = decode_scale(rhs.scale)
     inputs = lhs.format if isinstance(lhs, QArray) else activation_format.format

@@ -63,9 +63,10 @@ def test_wgmma_storage_holds_the_same_array(name):
     if name.startswith("mx"):  # every power of two, and NaN
         every = jnp.resize(jnp.arange(256, dtype=jnp.uint8), w.scale.shape)
         w = dataclasses.replace(w, scale=jax.lax.bitcast_convert_type(every, w.scale.dtype))
-    packed = qjax.prepack(w)
+    packed = qarray.to_wgmma(w)
     packed.validate()
-    assert packed.format.storage == "wgmma" and packed.shape == w.shape
+    storage = "wgmma8" if name == "mxfp4" else "wgmma"  # of experts
+    assert packed.format.storage == storage and packed.shape == w.shape
     assert packed.format.nbytes(w.shape) == packed.nbytes
     np.testing.assert_array_equal(packed.dequantize(jnp.float32), w.dequantize(jnp.float32))
     back = qarray.to_packed(packed)
@@ -273,6 +274,6 @@ def test_experts(word):
 
 
 def test_experts_without_a_kernel_are_told():
-    x, w = normal(4, K), quantize(normal(2, N, K), "mxfp4")
+    x, w = normal(4, K), quantize(normal(2, N, K), "nvfp4")
     with simulate_gpu(), pytest.raises(ValueError, match=r"ragged_dot: .*float4_e2m1fn"):
         qjax.ragged_dot(x, w, jnp.array([2, 2]), implementation="pallas_mosaic_gpu")

@@ -1,12 +1,17 @@
 """Grouped products against a loop over experts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
+from qjax import testing
 from qjax.formats import ActivationFormat, qformat
 from qjax.ops import ragged_dot
+from qjax.ops._dispatch import simulate_gpu
 from qjax.quantization import quantize, quantize_activation
 
 E, N, K = 4, 24, 64
@@ -111,3 +116,54 @@ def test_refuses_wrong_shapes():
         ragged_dot(lhs, rhs, jnp.zeros((3,), jnp.int32))
     with pytest.raises(ValueError, match="ragged_dot"):
         ragged_dot(lhs[:, :32], rhs, jnp.asarray(SIZES))
+
+
+BF16_SCALES = dataclasses.replace(qformat("int4_1x32"), scale_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("format", "inputs"), [("mxfp4", None), ("mxfp4", "fp8_e4m3_channel"), (BF16_SCALES, None)]
+)
+def test_prepacked_experts_meet_their_kernel(format, inputs):
+    n, k, rows = 128, 256, 19
+    keys = jax.random.split(jax.random.key(5), 4)
+    lhs = jax.random.normal(keys[0], (rows, k)).astype(jnp.bfloat16)
+    w = quantize((jax.random.normal(keys[1], (E, n, k)) / 8).astype(jnp.bfloat16), format)
+    bias = jax.random.normal(keys[2], (E, n)).astype(jnp.bfloat16)
+    cotangent = jax.random.normal(keys[3], (rows, n))
+    activation = inputs and ActivationFormat(qformat(inputs))
+    args = dict(group_sizes=jnp.asarray(SIZES), bias=bias, activation_format=activation)
+    expected = ragged_dot(lhs, w, **args, out_dtype=jnp.float32)
+    packed = qjax.prepack(w)
+    assert packed.format.storage == ("wgmma8" if format == "mxfp4" else "wgmma")
+    np.testing.assert_array_equal(packed.dequantize(), w.dequantize())
+
+    def loss(x, w):
+        return jnp.sum(ragged_dot(x, w, **args).astype(jnp.float32) * cotangent)
+
+    gradient = jax.grad(loss)(lhs, w)
+    with testing.interpret(), simulate_gpu(), qjax.require_kernels():
+        y = ragged_dot(lhs, packed, **args)
+        found = jax.grad(loss)(lhs, packed)
+    assert y.dtype == lhs.dtype and not np.asarray(y[SIZES.sum() :], np.float32).any()
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-5)
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), gradient.astype(jnp.float32), rtol=2**-6, atol=2**-5
+    )
+
+
+def test_why_experts_have_no_kernel():
+    lhs, rhs, _ = _arrays(6)
+    lhs = lhs.astype(jnp.bfloat16)
+    rhs = jnp.resize(rhs, (E, 64, 64))
+    block = ActivationFormat(qformat("fp8_e4m3_1x128"))
+    packed = qjax.prepack(quantize(rhs, "mxfp4"))
+    for word, w, x, args in (
+        ("prepack\\(w\\) once", quantize(rhs, "mxfp4"), lhs, {}),
+        ("need bfloat16 x", packed, lhs.astype(jnp.float16), {}),
+        ("lhs' dtype bfloat16; found float32", packed, lhs, dict(out_dtype=jnp.float32)),
+        ("with float8_e4m3fn", packed, lhs, dict(activation_format=block)),
+    ):
+        with simulate_gpu(), pytest.raises(ValueError, match=f"ragged_dot: .*{word}"):
+            args = args | dict(implementation="pallas_mosaic_gpu")
+            ragged_dot(x, w, jnp.asarray(SIZES), **args)
