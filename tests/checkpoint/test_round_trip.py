@@ -130,6 +130,8 @@ def test_orbax_keeps_act_order(checkpoints_dir, tmp_path):
         "ct_pack_int3_g128_sym_llama",
         "autoround_gptqpack_w2g64_sym_llama",
         "ct_mxfp4a16_llama",
+        "gpt_oss_mxfp4_tiny_h192",
+        "kimi_k2_int4_g32_experts_tiny",
     ],
 )
 def test_weights_laid_out_for_kernels_are_written_as_before(checkpoints_dir, tmp_path, name):
@@ -137,8 +139,10 @@ def test_weights_laid_out_for_kernels_are_written_as_before(checkpoints_dir, tmp
     files = []
     for prepack in (False, True):
         loaded = checkpoint.load(source, prepack=prepack, progress=False)
-        weight = loaded.model.model.layers[0].mlp.up_proj.weight
-        assert weight.get_value().format.storage in (("wgmma",) if prepack else ("packed", "plain"))
+        mlp = loaded.model.model.layers[-1].mlp
+        experts = getattr(mlp, "experts", None)
+        weight = (mlp.up_proj if experts is None else experts.down_proj).weight
+        assert weight.get_value().format.ordered == prepack
         out = tmp_path / str(prepack)
         checkpoint.export(
             loaded.model, out, format=natural_format(source), source=loaded, progress=False

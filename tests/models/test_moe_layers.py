@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qjax import Sharding, make_mesh
+from qjax import Sharding, checkpoint, make_mesh, nn, require_kernels, testing
 from qjax.formats import ActivationFormat, qformat
 from qjax.nn import Context, ExpertLinear, Experts, Routing, initialize, route
+from qjax.ops._dispatch import simulate_gpu
 from qjax.qarray import QArray
 from qjax.quantization import quantize_activation, refine_blocks
 from qjax.recipe import SCHEMES, QuantSpec
@@ -230,3 +231,21 @@ def test_dynamic_scale_of_the_whole_tensor_covers_all_devices():
     for mesh in ("data=2", "tensor=2,expert=2,data=2"):
         y = _run(_experts(spec, mesh), x, weights, chosen)
         assert np.linalg.norm(y - want) < 1e-3 * np.linalg.norm(want), mesh
+
+
+@pytest.mark.parametrize("name", ["gpt_oss_mxfp4_tiny_h192", "kimi_k2_int4_g32_experts_tiny"])
+def test_experts_of_checkpoints_run_on_the_grouped_kernel(checkpoints_dir, name):
+    loaded = checkpoint.load(checkpoints_dir / name, prepack=False, progress=False)
+    experts = loaded.model.model.layers[-1].mlp.experts
+    count, size = experts.num_experts, experts.down_proj.weight.get_value().shape[1]
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 3, size)).astype(jnp.bfloat16)
+    weights = jax.nn.softmax(jax.random.normal(keys[1], (2, 3, 2)))
+    chosen = jax.random.randint(keys[2], (2, 3, 2), 0, count)
+    exact = np.asarray(experts(x.astype(jnp.float32), weights, chosen))
+    assert nn.prepack(loaded.model) > 0
+    with testing.interpret(), simulate_gpu(), require_kernels():
+        y = experts(x, weights, chosen)
+    assert y.dtype == x.dtype
+    error = np.linalg.norm(np.asarray(y, np.float32) - exact) / np.linalg.norm(exact)
+    assert error <= 6e-3  # three roundings to bfloat16, and INT4's weights
