@@ -1,7 +1,7 @@
 """Mixture of experts: stacked expert weights, dispatch, combination; experts and ffn channels cut over a mesh."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,10 @@ from qjax.nn._params import (
     abstract_weight,
 )
 from qjax.nn._router import Router, Routing
-from qjax.ops import ragged_dot, straight_through
+from qjax.ops import gated_ragged_dot, ragged_dot, straight_through
 from qjax.qarray import QArray
 from qjax.quantization import compute_grid, quantize_activation, refine_blocks
 from qjax.sharding import Sharding, array_specs, part_specs, sharded_format
-
-Product = Callable[..., Array]
-"""(rows sorted by expert [M, K], rows of each expert [E]) -> [M, N]."""
 
 
 class ExpertLinear(nnx.Module):
@@ -183,6 +180,28 @@ class ExpertLinear(nnx.Module):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class LocalExperts:
+    """A layer with this device's part of its operands."""
+
+    layer: ExpertLinear
+    operands: tuple
+
+    def __call__(self, x: Float[Array, "M K"], group_sizes: Int[Array, " E"]) -> Array:
+        """[M, N]; see `ExpertLinear.local_product`."""
+        return self.layer.local_product(self.operands, x, group_sizes)
+
+
+def gated_product(gate: LocalExperts, up: LocalExperts, x: Array, group_sizes: Array) -> Array:
+    """silu(gate(x)) * up(x), in one kernel where there is one."""
+    (gate_weight, *gate_rest), (up_weight, *up_rest) = gate.operands, up.operands
+    formats = gate.layer.activation_format, up.layer.activation_format
+    if any(part is not None for part in (*gate_rest, *up_rest, *formats)):
+        return jax.nn.silu(gate(x, group_sizes)) * up(x, group_sizes)
+    implementation = gate.layer.implementation
+    return gated_ragged_dot(x, gate_weight, up_weight, group_sizes, implementation=implementation)
+
+
 def _shared_scale(
     x: Array, activation: ActivationFormat, scale: Array | None, sharding: Sharding
 ) -> tuple[ActivationFormat, Array | None]:
@@ -273,11 +292,13 @@ class Experts(nnx.Module):
         return {name: getattr(self, name) for name in ("gate_proj", "up_proj", "down_proj")}
 
     def feed_forward(
-        self, product: Mapping[str, Product], x: Float[Array, "M D"], group_sizes: Int[Array, " E"]
+        self,
+        product: Mapping[str, LocalExperts],
+        x: Float[Array, "M D"],
+        group_sizes: Int[Array, " E"],
     ) -> Float[Array, "M D"]:
         """The experts' outputs for rows sorted by expert, in x's dtype."""
-        gate = product["gate_proj"](x, group_sizes)
-        hidden = jax.nn.silu(gate) * product["up_proj"](x, group_sizes)
+        hidden = gated_product(product["gate_proj"], product["up_proj"], x, group_sizes)
         return product["down_proj"](hidden, group_sizes)
 
     def __call__(
@@ -289,18 +310,13 @@ class Experts(nnx.Module):
         """sum_j weights[..., j] * expert_{experts[..., j]}(x), in x's dtype."""
         layers = self.layers()
         if self.sharding.mesh is None:
-            return self._dispatch(layers, x, weights, experts).astype(x.dtype)
+            products = {n: LocalExperts(layer, layer.operands()) for n, layer in layers.items()}
+            return self._dispatch(products, x, weights, experts).astype(x.dtype)
         rows = self.sharding.axis("batch", x.shape[0])
         summed = tuple(a for a in (self.expert_axis, self.channel_axis) if a is not None)
 
         def local(operands, x, weights, experts):
-            def bound(layer, parts):
-                def product(x, group_sizes):
-                    return layer.local_product(parts, x, group_sizes)
-
-                return product
-
-            products = {name: bound(layers[name], parts) for name, parts in operands.items()}
+            products = {n: LocalExperts(layers[n], parts) for n, parts in operands.items()}
             out = self._dispatch(products, x, weights, experts)
             return (jax.lax.psum(out, summed) if summed else out).astype(x.dtype)
 
@@ -312,7 +328,7 @@ class Experts(nnx.Module):
             check_vma=False,
         )({n: layer.operands() for n, layer in layers.items()}, x, weights, experts)
 
-    def _dispatch(self, product: Mapping[str, Product], x, weights, experts) -> Array:
+    def _dispatch(self, product: Mapping[str, LocalExperts], x, weights, experts) -> Array:
         """This device's experts on these tokens, float32 [B, T, D]; zeros from experts elsewhere."""
         b, t, d = x.shape
         k = experts.shape[-1]

@@ -15,7 +15,7 @@ from qjax.ops._quantized_input import (
     silu_mul,
     takes_quantized_input,
 )
-from qjax.ops._ragged_dot import ragged_dot
+from qjax.ops._ragged_dot import gated_ragged_dot, ragged_dot
 from qjax.ops._take import take_rows
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "dot",
     "dot_product_attention",
     "fp8_dot",
+    "gated_ragged_dot",
     "kv_cache_write",
     "latent_attention",
     "paged_attention",

@@ -81,6 +81,56 @@ def ragged_dot(
     return jnp.where(inside, y, 0.0).astype(out_dtype)
 
 
+def gated_ragged_dot(
+    lhs: Array | QArray,
+    gate: Array | QArray,
+    up: Array | QArray,
+    group_sizes: Int[Array, " E"],
+    *,
+    activation_format: ActivationFormat | None = None,
+    activation_scale: Array | None = None,
+    out_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """silu(lhs @ gate[e].T) * (lhs @ up[e].T) for consecutive groups of rows.
+
+    Weights that are re-laid out for the kernel of 4-bit experts meet in one kernel, in which the two products
+    stay float32; others are two calls of `ragged_dot`. Gradients flow to lhs, and to plain weights.
+
+    Args:
+        lhs: As `ragged_dot`'s.
+        gate: [E, N, K], plain or quantized.
+        up: Likewise.
+        group_sizes: As `ragged_dot`'s.
+        activation_format: As `ragged_dot`'s.
+        activation_scale: As `ragged_dot`'s.
+        out_dtype: Result's dtype; default lhs's.
+        implementation: As `ragged_dot`'s.
+
+    Raises:
+        ValueError: As `ragged_dot`.
+    """
+    out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
+    args: dict = dict(
+        activation_format=activation_format, out_dtype=out_dtype, implementation=implementation
+    )
+    both = (gate, up)
+    if (
+        implementation != "xla"
+        and all(isinstance(w, QArray) and w.format.ordered for w in both)
+        and gate.shape == up.shape
+        and unsupported_reason(lhs, gate, activation_format=activation_format, out_dtype=out_dtype)
+        is None
+        and gate.format == up.format
+    ):
+        static = (activation_format, out_dtype.name)
+        run = _gated_product if isinstance(lhs, QArray) else _gated_differentiable
+        return run(static, lhs, gate, up, group_sizes)
+    args["activation_scale"] = activation_scale
+    gated, linear = (ragged_dot(lhs, w, group_sizes, **args) for w in both)
+    return (jax.nn.silu(gated) * linear).astype(out_dtype)
+
+
 def unsupported_reason(
     lhs: Array | QArray,
     rhs: Array | QArray,
@@ -140,14 +190,9 @@ def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
     activation_format, out_dtype = static
     rows = lhs.shape[0]
     if rhs.format.ordered:
-        x = lhs
-        if activation_format is not None or isinstance(lhs, QArray):
-            codes, x_scale = quantized_operand(lhs, activation_format, None)
-            x = mixed_grouped_gemm_sm90.FP8Rows((codes[:rows],), x_scale)
-        global_scale = None if rhs.global_scale is None else rhs.global_scale.reshape(-1)
         return mixed_grouped_gemm_sm90.mixed_grouped_gemm(
-            x,
-            mixed_grouped_gemm_sm90.GroupedWeights(rhs.qvalue, rhs.scale, global_scale, bias),
+            _mixed_rows(lhs, activation_format),
+            _mixed_weights(rhs, bias),
             group_sizes.astype(jnp.int32),
             element=rhs.format.element,
             group_size=rhs.format.block_size(rhs.shape)[1],
@@ -178,6 +223,59 @@ def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
         num_sms=num_sms(),
     )
     return y[:rows]
+
+
+def _mixed_rows(lhs, activation_format):
+    """lhs as the kernel of 4-bit experts reads it."""
+    if activation_format is None and not isinstance(lhs, QArray):
+        return lhs
+    codes, scale = quantized_operand(lhs, activation_format, None)
+    return mixed_grouped_gemm_sm90.FP8Rows((codes[: lhs.shape[0]],), scale)
+
+
+def _mixed_weights(rhs: QArray, bias=None) -> mixed_grouped_gemm_sm90.GroupedWeights:
+    scale = None if rhs.global_scale is None else rhs.global_scale.reshape(-1)
+    return mixed_grouped_gemm_sm90.GroupedWeights(rhs.qvalue, rhs.scale, scale, bias)
+
+
+def _gated_product(static, lhs, gate: QArray, up: QArray, group_sizes) -> Array:
+    """Both products and the activation by one kernel."""
+    activation_format, out_dtype = static
+    return mixed_grouped_gemm_sm90.mixed_gated_grouped_gemm(
+        _mixed_rows(lhs, activation_format),
+        _mixed_weights(gate),
+        _mixed_weights(up),
+        group_sizes.astype(jnp.int32),
+        element=gate.format.element,
+        group_size=gate.format.block_size(gate.shape)[1],
+        activation=mixed_grouped_gemm_sm90.GatedActivation(),
+        out_dtype=out_dtype,
+        num_sms=num_sms(),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_differentiable(static, lhs, gate, up, group_sizes):
+    return _gated_product(static, lhs, gate, up, group_sizes)
+
+
+def _gated_forward(static, lhs, gate, up, group_sizes):
+    return _gated_product(static, lhs, gate, up, group_sizes), (lhs, gate, up, group_sizes)
+
+
+def _gated_backward(static, residuals, g):
+    lhs, gate, up, group_sizes = residuals
+
+    def unfused(lhs):
+        products = (_differentiable(static, lhs, w, group_sizes, None) for w in (gate, up))
+        gated, linear = products
+        return jax.nn.silu(gated) * linear
+
+    (d_lhs,) = jax.vjp(unfused, lhs)[1](g)
+    return d_lhs, None, None, None
+
+
+_gated_differentiable.defvjp(_gated_forward, _gated_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

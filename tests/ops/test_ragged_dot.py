@@ -10,7 +10,7 @@ import pytest
 import qjax
 from qjax import testing
 from qjax.formats import ActivationFormat, qformat
-from qjax.ops import ragged_dot
+from qjax.ops import gated_ragged_dot, ragged_dot
 from qjax.ops._dispatch import simulate_gpu
 from qjax.quantization import quantize, quantize_activation
 
@@ -167,3 +167,31 @@ def test_why_experts_have_no_kernel():
         with simulate_gpu(), pytest.raises(ValueError, match=f"ragged_dot: .*{word}"):
             args = args | dict(implementation="pallas_mosaic_gpu")
             ragged_dot(x, w, jnp.asarray(SIZES), **args)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", BF16_SCALES])
+def test_gated_experts_meet_one_kernel(format):
+    n, k, rows = 64, 128, 17
+    keys = jax.random.split(jax.random.key(7), 4)
+    lhs = jax.random.normal(keys[0], (rows, k)).astype(jnp.bfloat16)
+    gate, up = (
+        quantize((jax.random.normal(key, (E, n, k)) / 8).astype(jnp.bfloat16), format)
+        for key in keys[1:3]
+    )
+    cotangent = jax.random.normal(keys[3], (rows, n))
+    sizes = jnp.asarray(SIZES)
+    expected = gated_ragged_dot(lhs.astype(jnp.float32), gate, up, sizes)
+
+    def loss(x, *w):
+        return jnp.sum(gated_ragged_dot(x, *w, sizes).astype(jnp.float32) * cotangent)
+
+    gradient = jax.grad(loss)(lhs, gate, up)
+    packed = qjax.prepack(gate), qjax.prepack(up)
+    with testing.interpret(), simulate_gpu(), qjax.require_kernels():
+        y = gated_ragged_dot(lhs, *packed, sizes)
+        found = jax.grad(loss)(lhs, *packed)
+    assert y.dtype == lhs.dtype and not np.asarray(y[SIZES.sum() :], np.float32).any()
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-5)
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), gradient.astype(jnp.float32), rtol=2**-6, atol=2**-4
+    )
