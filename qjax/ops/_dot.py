@@ -139,13 +139,18 @@ def _xla(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float[Array, "M N"]:
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_vjp
 def straight_through(x: Array, quantized: Array) -> Array:
     """`quantized`, differentiated as if it were x (arXiv:1308.3432)."""
+    # Without this, reverse mode would keep all that the quantization needs to carry zeros back.
+    return _straight_through(x, jax.lax.stop_gradient(quantized))
+
+
+@jax.custom_vjp
+def _straight_through(x: Array, quantized: Array) -> Array:
     return quantized
 
 
-straight_through.defvjp(
+_straight_through.defvjp(
     lambda x, quantized: (quantized, jnp.zeros((0,), x.dtype)),
     lambda like, g: (g.astype(like.dtype), jnp.zeros_like(g)),
 )
