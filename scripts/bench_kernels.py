@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import _bench_fp8_grouped_gemm as grouped
+import _bench_mixed_gemm as mixed
+import _bench_mixed_grouped_gemm as experts
+import _bench_prefill_attention as prefill
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,6 +253,25 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
             for fp8 in (True, False)
             for b, context in DECODE
         ]
+    if "mixed_gemm" in ops:
+        makers += [
+            lambda f=f, m=m, n=n, k=k: Case(**mixed.mixed_case(f, m, n, k))
+            for f in mixed.FORMATS
+            for n, k in mixed.NK
+            for m in tokens
+        ]
+    for op, gated in (("mixed_gated_grouped_gemm", True), ("mixed_grouped_gemm", False)):
+        if op in ops:
+            makers += [
+                lambda sizes=sizes, gated=gated: Case(**experts.grouped_case(*sizes, gated=gated))
+                for sizes in experts.grouped_cases(gated)
+            ]
+    for op, case, shapes in (
+        ("prefill_attention", prefill.dense_case, prefill.DENSE),
+        ("paged_prefill_attention", prefill.paged_case, prefill.PAGED),
+    ):
+        if op in ops:
+            makers += [lambda case=case, s=s: Case(**case(*s)) for s in shapes]
     for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
         if op in ops:
             makers += [
@@ -266,7 +288,12 @@ OPS = (
     "fp8_block_gemm",
     "fp8_rowwise_gemm",
     "int4_gemm",
+    "mixed_gemm",
+    "mixed_gated_grouped_gemm",
+    "mixed_grouped_gemm",
     "paged_attention",
+    "prefill_attention",
+    "paged_prefill_attention",
     "fp8_quantize_1x128",
     "fp8_quantize_per_token",
 )
