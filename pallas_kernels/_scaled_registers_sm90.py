@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from qjax.wgmma_layout import BLOCK, from_words8, from_words
+from qjax.wgmma_layout import BLOCK, from_words, from_words8
 
 FP4_EXPONENT = 6
 """`fp4_weights` are 2 to this power times the weights, so that 6, the largest code, comes close to e4m3's 448."""

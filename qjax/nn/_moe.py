@@ -21,7 +21,7 @@ from qjax.nn._params import (
     abstract_weight,
 )
 from qjax.nn._router import Router, Routing
-from qjax.ops import gated_ragged_dot, ragged_dot, straight_through
+from qjax.ops import gated_ragged_dot, ragged_dot, silu_mul, straight_through
 from qjax.qarray import QArray
 from qjax.quantization import compute_grid, quantize_activation, refine_blocks
 from qjax.sharding import Sharding, array_specs, part_specs, sharded_format
@@ -197,7 +197,7 @@ def gated_product(gate: LocalExperts, up: LocalExperts, x: Array, group_sizes: A
     (gate_weight, *gate_rest), (up_weight, *up_rest) = gate.operands, up.operands
     formats = gate.layer.activation_format, up.layer.activation_format
     if any(part is not None for part in (*gate_rest, *up_rest, *formats)):
-        return jax.nn.silu(gate(x, group_sizes)) * up(x, group_sizes)
+        return silu_mul(gate(x, group_sizes), up(x, group_sizes))
     implementation = gate.layer.implementation
     return gated_ragged_dot(x, gate_weight, up_weight, group_sizes, implementation=implementation)
 

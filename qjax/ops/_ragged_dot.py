@@ -12,6 +12,7 @@ from qjax.formats import WHOLE, ActivationFormat
 from qjax.ops._dispatch import choose, device_reason, num_sms
 from qjax.ops._dot import straight_through
 from qjax.ops._dot_kernels import describe, fp8_pair, prepackable, quantized_operand
+from qjax.ops._quantized_input import silu_mul
 from qjax.pallas_kernels import fp8_grouped_gemm_sm90, mixed_grouped_gemm_sm90
 from qjax.qarray import QArray, decode_scale, dequantize_stored
 from qjax.quantization import quantize_activation
@@ -128,7 +129,7 @@ def gated_ragged_dot(
         return run(static, lhs, gate, up, group_sizes)
     args["activation_scale"] = activation_scale
     gated, linear = (ragged_dot(lhs, w, group_sizes, **args) for w in both)
-    return (jax.nn.silu(gated) * linear).astype(out_dtype)
+    return silu_mul(gated, linear).astype(out_dtype)
 
 
 def unsupported_reason(
@@ -269,7 +270,7 @@ def _gated_backward(static, residuals, g):
     def unfused(lhs):
         products = (_differentiable(static, lhs, w, group_sizes, None) for w in (gate, up))
         gated, linear = products
-        return jax.nn.silu(gated) * linear
+        return silu_mul(gated, linear)
 
     (d_lhs,) = jax.vjp(unfused, lhs)[1](g)
     return d_lhs, None, None, None

@@ -8,6 +8,7 @@ import pytest
 import render_benchmarks as render
 
 from qjax import testing
+from qjax.ops._dispatch import simulate_gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,15 @@ def test_a_products_record(op, on_cpu):
     assert record.peer is None
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_record_of_experts(gated, on_cpu):
+    case = bench.Case(**bench.experts.grouped_case("mxfp4", 4, 2, 64, 128, 3, gated=gated))
+    with testing.interpret(detect_races=False), simulate_gpu(num_sms=2):
+        record = bench.measure(case, CEILINGS, {}, STAMP, calls=3)
+    assert 0 < record.error <= 2.5e-3
+    assert record.tflops == pytest.approx(2 * (1 + gated) * 6 * 64 * 128 / 10 * 1e-6)
+
+
 @pytest.mark.parametrize("op", ["fp8_quantize_1x128", "fp8_quantize_per_token"])
 def test_a_quantizers_record(op, on_cpu):
     with testing.interpret(detect_races=False):
@@ -72,7 +82,8 @@ def test_peers_are_found_by_op_format_and_shape():
 
 def test_every_case_has_a_maker():
     makers = bench.cases(bench.OPS, (1, 16))
-    assert len(makers) == 2 * (6 + 9 + 2 * 6 + 3 + 3) + 2 * (8 + 5) + 2 * 12
+    products = 2 * (6 + 9 + 2 * 6 + 3 + 3) + 2 * 8 * 3
+    assert len(makers) == products + 2 * (8 + 5) + 2 * 3 * 7 + 2 * 12 + 4 + 7
 
 
 def test_an_int4_products_record(on_cpu):
