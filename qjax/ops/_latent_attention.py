@@ -44,11 +44,12 @@ def latent_attention(
         reason = (
             'the kernel of latent attention must be asked for: implementation="pallas_mosaic_gpu"'
         )
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    factor = float(query.shape[3] ** -0.5 if scale is None else scale)
     if choose("latent_attention", implementation, reason) == "pallas_mosaic_gpu":
+        assert not isinstance(pages, QArray)
         seen = positions + 1 if lengths is None else jnp.minimum(positions + 1, lengths[:, None])
         out, _ = mla_decode_sm90.mla_decode_attention(
-            query, pages[:, 0], page_table, seen, scale=scale, num_sms=num_sms()
+            query, pages[:, 0], page_table, seen, scale=factor, num_sms=num_sms()
         )
         return out
     return paged_attention(
@@ -59,7 +60,7 @@ def latent_attention(
         positions=positions,
         lengths=lengths,
         value_dim=value_dim,
-        scale=scale,
+        scale=factor,
         implementation="xla",
     )
 
