@@ -16,20 +16,22 @@ class InputStatistic(nnx.Variable):
     """A running sum over calibration inputs."""
 
 
-class Observed(nnx.Module):
-    """A linear module that adds up its inputs' second moments as it runs."""
+class Observed(Linear):
+    """A linear layer that adds up its inputs' second moments as it runs."""
 
     def __init__(self, linear: Linear):
-        """Wraps a linear module [N, K]; the sums start at 0."""
-        self.linear = linear
+        """Shares a layer's weight [N, K] and settings; the sums start at 0."""
+        for name, value in vars(linear).items():
+            if not name.startswith("_"):  # nnx's own bookkeeping
+                setattr(self, name, value)
         k = linear.weight.get_value().shape[-1]
         self.hessian = InputStatistic(jnp.zeros((k, k), jnp.float32))
 
-    def __call__(self, x: Array) -> Array:
-        """The wrapped module's output."""
+    def __call__(self, x: Any) -> Array:
+        """The layer's output; x [..., K] is an array, since a plain weight takes no quantized input."""
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         self.hessian.set_value(self.hessian.get_value() + rows.T @ rows)
-        return self.linear(x)
+        return super().__call__(x)
 
 
 def linears(module: nnx.Module) -> dict[str, Linear]:
