@@ -51,10 +51,10 @@ def grouped_case(
     make = jax.jit(weight, static_argnums=(0, 1, 2, 3))
     weights = [make(name, experts, n, k, key) for key in keys[1 : 2 + gated]]
 
-    def run(x, sizes, *weights):
-        if gated:
-            return gated_ragged_dot(x, *weights, sizes, implementation="pallas_mosaic_gpu")
-        return ragged_dot(x, *weights, sizes, implementation="pallas_mosaic_gpu")
+    def run(x, sizes, w, up=None):
+        if up is not None:
+            return gated_ragged_dot(x, w, up, sizes, implementation="pallas_mosaic_gpu")
+        return ragged_dot(x, w, sizes, implementation="pallas_mosaic_gpu")
 
     @jax.jit
     def expected(x, weights):

@@ -266,19 +266,10 @@ def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]
                 lambda sizes=sizes, gated=gated: Case(**experts.grouped_case(*sizes, gated=gated))
                 for sizes in experts.grouped_cases(gated)
             ]
-    for op, case, shapes in (
-        ("prefill_attention", prefill.dense_case, prefill.DENSE),
-        ("paged_prefill_attention", prefill.paged_case, prefill.PAGED),
-    ):
-        if op in ops:
-            makers += [lambda case=case, s=s: Case(**case(*s)) for s in shapes]
-    for op in ("fp8_quantize_1x128", "fp8_quantize_per_token"):
-        if op in ops:
-            makers += [
-                lambda op=op, m=m, k=k: quantize_case(op, m, k)
-                for k in (2048, 7168, 16384)
-                for m in tokens
-            ]
+    if "prefill_attention" in ops:
+        makers += [lambda s=s: Case(**prefill.dense_case(*s)) for s in prefill.DENSE]
+    if "paged_prefill_attention" in ops:
+        makers += [lambda s=s: Case(**prefill.paged_case(*s)) for s in prefill.PAGED]
     return makers
 
 

@@ -1,6 +1,7 @@
 """Grouped matrix product of a mixture of experts: each group of rows meets its own expert's weight."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,23 +113,21 @@ def gated_ragged_dot(
         ValueError: As `ragged_dot`.
     """
     out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
+    if isinstance(gate, QArray) and isinstance(up, QArray) and implementation != "xla":
+        alike = gate.shape == up.shape and gate.format == up.format and gate.format.ordered
+        format = activation_format
+        if alike and not unsupported_reason(
+            lhs, gate, activation_format=format, out_dtype=out_dtype
+        ):
+            run = _gated_product if isinstance(lhs, QArray) else _gated_differentiable
+            return run((format, out_dtype.name), lhs, gate, up, group_sizes)
     args: dict = dict(
-        activation_format=activation_format, out_dtype=out_dtype, implementation=implementation
+        activation_format=activation_format,
+        activation_scale=activation_scale,
+        out_dtype=out_dtype,
+        implementation=implementation,
     )
-    both = (gate, up)
-    if (
-        implementation != "xla"
-        and all(isinstance(w, QArray) and w.format.ordered for w in both)
-        and gate.shape == up.shape
-        and unsupported_reason(lhs, gate, activation_format=activation_format, out_dtype=out_dtype)
-        is None
-        and gate.format == up.format
-    ):
-        static = (activation_format, out_dtype.name)
-        run = _gated_product if isinstance(lhs, QArray) else _gated_differentiable
-        return run(static, lhs, gate, up, group_sizes)
-    args["activation_scale"] = activation_scale
-    gated, linear = (ragged_dot(lhs, w, group_sizes, **args) for w in both)
+    gated, linear = (ragged_dot(lhs, w, group_sizes, **args) for w in (gate, up))
     return silu_mul(gated, linear).astype(out_dtype)
 
 
@@ -195,7 +194,7 @@ def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
             _mixed_rows(lhs, activation_format),
             _mixed_weights(rhs, bias),
             group_sizes.astype(jnp.int32),
-            element=rhs.format.element,
+            element=_element(rhs),
             group_size=rhs.format.block_size(rhs.shape)[1],
             out_dtype=out_dtype,
             num_sms=num_sms(),
@@ -234,6 +233,10 @@ def _mixed_rows(lhs, activation_format):
     return mixed_grouped_gemm_sm90.FP8Rows((codes[: lhs.shape[0]],), scale)
 
 
+def _element(rhs: QArray) -> Literal["int4", "float4_e2m1fn"]:
+    return "int4" if rhs.format.element == "int4" else "float4_e2m1fn"
+
+
 def _mixed_weights(rhs: QArray, bias=None) -> mixed_grouped_gemm_sm90.GroupedWeights:
     scale = None if rhs.global_scale is None else rhs.global_scale.reshape(-1)
     return mixed_grouped_gemm_sm90.GroupedWeights(rhs.qvalue, rhs.scale, scale, bias)
@@ -247,7 +250,7 @@ def _gated_product(static, lhs, gate: QArray, up: QArray, group_sizes) -> Array:
         _mixed_weights(gate),
         _mixed_weights(up),
         group_sizes.astype(jnp.int32),
-        element=gate.format.element,
+        element=_element(gate),
         group_size=gate.format.block_size(gate.shape)[1],
         activation=mixed_grouped_gemm_sm90.GatedActivation(),
         out_dtype=out_dtype,
@@ -268,8 +271,8 @@ def _gated_backward(static, residuals, g):
     lhs, gate, up, group_sizes = residuals
 
     def unfused(lhs):
-        products = (_differentiable(static, lhs, w, group_sizes, None) for w in (gate, up))
-        gated, linear = products
+        gated: Array = _differentiable(static, lhs, gate, group_sizes, None)
+        linear: Array = _differentiable(static, lhs, up, group_sizes, None)
         return silu_mul(gated, linear)
 
     (d_lhs,) = jax.vjp(unfused, lhs)[1](g)
