@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
@@ -24,7 +22,9 @@ from qjax.nn import (
     Router,
     Routing,
     Tokens,
+    gated_product,
 )
+from qjax.ops import GatedActivation
 from qjax.recipe import QuantSpec
 from qjax.sharding import Sharding
 
@@ -145,9 +145,9 @@ class ClampedExperts(Experts):
             stacked_in_checkpoint=True,
             transposed_in_checkpoint=True,
         )
-        self.gate_up_proj = make("gate_up_proj", size, 2 * channels)
+        self.gate_up_proj = make("gate_up_proj", size, 2 * channels, alternating=True)
         self.down_proj = make("down_proj", channels, size)
-        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        self.activation = GatedActivation(config.swiglu_alpha, 1.0, config.swiglu_limit)
 
     def layers(self) -> dict[str, ExpertLinear]:
         """{name: layer}, as `feed_forward` takes their products."""
@@ -157,10 +157,9 @@ class ClampedExperts(Experts):
         self, product, x: Float[Array, "M D"], group_sizes: Int[Array, " E"]
     ) -> Float[Array, "M D"]:
         """The experts' outputs for rows sorted by expert, in x's dtype."""
-        gate_up = product["gate_up_proj"](x, group_sizes)
-        gate = jnp.minimum(gate_up[:, 0::2], self.limit)
-        up = jnp.clip(gate_up[:, 1::2], -self.limit, self.limit)
-        hidden = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+        hidden = gated_product(
+            product["gate_up_proj"], None, x, group_sizes, activation=self.activation
+        )
         return product["down_proj"](hidden, group_sizes)
 
 

@@ -103,7 +103,6 @@ def launch(
     group_sizes: Array,
     *,
     n: int,
-    first_blocks: tuple[int, ...],
     element: Element,
     group_size: int,
     activation: GatedActivation | None,
@@ -116,10 +115,10 @@ def launch(
     Args:
         x: Arrays [T, K] whose sum meets the weights: one of 16 bits for INT4, one or two of FP8 for FP4.
         x_scale: float32 [T + 128] multipliers of FP8 rows.
-        weights: For each operand (codes, scale, global scale [E] or None, bias or None).
+        weights: For each operand (codes, scale, global scale [E] or None, bias or None); a gated product of one
+            takes its blocks by twos.
         group_sizes: int32 [E].
         n: Columns of the output.
-        first_blocks: Of each operand, the first block of 64 rows that counts.
         element: The weights' element.
         group_size: Columns that share a scale.
         activation: What makes one output of two operands.
@@ -143,7 +142,8 @@ def launch(
         if global_scale is not None:
             operands[f"global{i}"] = global_scale
         if bias is not None:
-            operands[f"bias{i}"] = bias.reshape(*bias.shape[:-1], -1, BLOCK)
+            pairs = (2,) if gated and len(weights) == 1 else ()
+            operands[f"bias{i}"] = bias.reshape(bias.shape[0], -1, BLOCK, *pairs)
     chunk = 128 // x[0].dtype.itemsize
     chunks, blocks = config.step // chunk, config.step // BLOCK
     warpgroups, stages = config.blocks * config.parts, config.stages
@@ -176,7 +176,6 @@ def launch(
         _kernel,
         terms=len(x),
         config=config,
-        first_blocks=first_blocks,
         width=width,
         activation=activation,
         tiles_n=tiles_n,
@@ -206,7 +205,6 @@ def _kernel(
     *,
     terms: int,
     config: MixedTileConfig,
-    first_blocks,
     width: int,
     activation: GatedActivation | None,
     tiles_n: int,
@@ -218,8 +216,10 @@ def _kernel(
     warpgroups, chunk = config.blocks * config.parts, x_smem[0].shape[-1]
     chunk_blocks, fp4 = chunk // BLOCK, "tables" in gmem
     k_steps = pl.cdiv(gmem["x0"].shape[1], config.step)
-    gated = activation is not None
-    copy_blocks = config.blocks if gated else config.row_blocks
+    operands = sum(name.startswith("codes") for name in gmem)
+    pairs = activation is not None and operands == 1
+    tile_blocks = config.blocks if activation is not None else config.row_blocks  # of the output
+    copy_blocks = config.row_blocks // operands
     total = table[0, 3]
     my_units = (total * tiles_n - worker + workers - 1) // workers
 
@@ -228,7 +228,11 @@ def _kernel(
         index = worker + lax.max(lax.min(i, my_units - 1), 0) * workers
         tile, column = plgpu.planar_snake(index, (lax.max(total, 1), tiles_n), 0, config.band)
         tile = lax.min(tile, table.shape[0] - 1)
-        return table[tile, 0], table[tile, 1], table[tile, 2], column * copy_blocks
+        return table[tile, 0], table[tile, 1], table[tile, 2], column * tile_blocks
+
+    def slot_block(piece, block):
+        """Where a warpgroup's blocks of weights lie in a slot."""
+        return 2 * block + piece if pairs else piece * config.blocks + block
 
     def each_tile(body, count):
         """body(line, steps, count) -> count for each tile, whose scalars load one tile ahead."""
@@ -262,8 +266,8 @@ def _kernel(
                     plgpu.barrier_wait(empty.at[slot])
                     plgpu.commit_smem()  # orders the math warpgroups' reads before the next TMA writes
 
-                for i, block in enumerate(first_blocks):
-                    rows = pl.ds(row + block, copy_blocks)
+                rows = pl.ds(row * 2 if pairs else row, copy_blocks)
+                for i in range(operands):
                     for name, unit in (("codes", BLOCK), ("scale", width)):
                         count_of = config.step // unit
                         plgpu.copy_gmem_to_smem(
@@ -318,7 +322,7 @@ def _kernel(
                 c, new_sums = k_part * (config.depth // chunk) + i, []
                 rights = [ref.at[slot, c] for ref in x_smem]
                 for p, total in enumerate(sums):
-                    weights = load_weights(slot, p * config.blocks + mine, c)
+                    weights = load_weights(slot, slot_block(p, mine), c)
                     if fp4:  # FP8 products are summed in fewer bits than float32 has: promote them
                         product = fp8_register_product(weights, rights, recycle=product)
                         new_sums.append(lax.optimization_barrier(total + product))
@@ -363,20 +367,21 @@ def _kernel(
 
             def scaled(p):
                 """The p-th sum with its scales and bias."""
-                total, operand = sums[p], p if gated else 0
+                total, operand = sums[p], p if operands == 2 else 0
                 if fp4:
                     scales = load_columns(gmem["x_scale"].at[pl.ds(first, config.columns)])
                     scales = scales * (gmem[f"global{operand}"][inside] * 2.0**-FP4_EXPONENT)
                     total = total * lax.broadcast_in_dim(scales, shape, [1])
                 if f"bias{operand}" in gmem:
                     # A row block past the last is computed, but TMA does not store it.
-                    bias, block = (
-                        gmem[f"bias{operand}"],
-                        first_blocks[p] if gated else p * config.blocks,
-                    )
-                    block = lax.min(row + block + mine, bias.shape[1] - 1)
+                    bias, block = gmem[f"bias{operand}"], row + mine
+                    if activation is None:
+                        block += p * config.blocks
+                    bias = bias.at[inside, lax.min(block, bias.shape[1] - 1)]
+                    if pairs:
+                        bias = bias.at[:, p]
                     layout = plgpu.Layout.WGMMA.reduce(1)
-                    bias = plgpu.load(bias.at[inside, block], layout=layout, optimized=False)
+                    bias = plgpu.load(bias, layout=layout, optimized=False)
                     total = total + lax.broadcast_in_dim(bias.astype(jnp.float32), shape, [0])
                 # Rows past the groups stay zeros.
                 return jnp.where(lax.broadcast(group, shape) >= groups, 0.0, total)

@@ -26,7 +26,8 @@ next group are multiplied but not stored. Weights are scaled in registers:
                                                  parts > 0: sums -> sum_smem -> part 0
                                                  activation, bias -> out_smem (transposed) -> TMA stores
 
-The pieces of a gated product are a block of gate and the same block of up.
+The pieces of a gated product are a block of gate and the same block of up, which are two operands, or blocks of one
+operand that alternate.
 """
 
 import dataclasses
@@ -211,7 +212,6 @@ def mixed_grouped_gemm(
         x,
         (weights,),
         group_sizes,
-        n=None,
         activation=None,
         element=element,
         group_size=group_size,
@@ -225,13 +225,12 @@ def mixed_grouped_gemm(
 def mixed_gated_grouped_gemm(
     x: Array | FP8Rows,
     gate: GroupedWeights,
-    up: GroupedWeights,
+    up: GroupedWeights | None,
     group_sizes: Array,
     *,
     element: Element,
     group_size: int,
     activation: GatedActivation,
-    n: int | None = None,
     out_dtype: DTypeLike = "bfloat16",
     expected_rows: float | None = None,
     config: MixedTileConfig | None = None,
@@ -242,12 +241,12 @@ def mixed_gated_grouped_gemm(
     Args:
         x: As `mixed_grouped_gemm`'s.
         gate: The weights of the gate.
-        up: Those of up. May be the very arrays of `gate`: then their first N rows are gate's and the last N up's.
+        up: Those of up; None if `gate` has both, 2N rows: blocks of 64 alternate in codes and scales, the first
+            gate's, and numbers of the bias.
         group_sizes: As `mixed_grouped_gemm`'s.
         element: As `mixed_grouped_gemm`'s.
         group_size: As `mixed_grouped_gemm`'s.
         activation: What becomes of gate and up.
-        n: Rows of gate; default all of its codes'.
         out_dtype: As `mixed_grouped_gemm`'s.
         expected_rows: As `mixed_grouped_gemm`'s.
         config: As `mixed_grouped_gemm`'s.
@@ -262,9 +261,8 @@ def mixed_gated_grouped_gemm(
     return _grouped(
         "mixed_gated_grouped_gemm",
         x,
-        (gate, up),
+        (gate,) if up is None else (gate, up),
         group_sizes,
-        n=n,
         activation=activation,
         element=element,
         group_size=group_size,
@@ -281,7 +279,6 @@ def _grouped(
     weights,
     group_sizes,
     *,
-    n,
     activation,
     element,
     group_size,
@@ -291,10 +288,14 @@ def _grouped(
     num_sms,
 ) -> Array:
     out_dtype = jnp.dtype(out_dtype)
-    n = weights[0].codes.shape[1] * BLOCK if n is None else n
+    n = weights[0].codes.shape[1] * BLOCK
     rows, k = x.terms[0].shape if isinstance(x, FP8Rows) else x.shape
     _check(op, x, k, weights, group_sizes, n, element, group_size, out_dtype)
     gated = activation is not None
+    if gated and len(weights) == 1:
+        if n % (2 * BLOCK):
+            raise ValueError(f"{op}: gate and up together must be pairs of {BLOCK} rows; found {n}")
+        n //= 2
     if config is None:
         even = rows / group_sizes.shape[0] if expected_rows is None else expected_rows
         config = choose_tiles(math.ceil(even), element=element, gated=gated, group_size=group_size)
@@ -316,7 +317,6 @@ def _grouped(
         weights,
         group_sizes,
         n=n,
-        first_blocks=(0, weights[-1].codes.shape[1] - n // BLOCK)[: len(weights)],
         element=element,
         group_size=group_size,
         activation=activation,
@@ -362,9 +362,9 @@ def _check(op, x, k, weights, group_sizes, n, element, group_size, out_dtype) ->
     if reason:
         raise ValueError(f"{op}: {reason}")
     groups, groups_k = group_sizes.shape[0], pl.cdiv(k, min(group_size, 128))
+    blocks = n // BLOCK
     expect("group_sizes", group_sizes, (groups,), jnp.int32)
     for codes, scale, global_scale, bias in weights:
-        blocks = max(codes.shape[1] if codes.ndim == 5 else 0, n // BLOCK)
         expect("codes", codes, (groups, blocks, k // BLOCK, 2, WORDS // 2), jnp.int32)
         expect("scale", scale, (groups, blocks, groups_k, BLOCK), weights[0].scale.dtype)
         if (global_scale is not None) != (element == "float4_e2m1fn"):
@@ -372,4 +372,4 @@ def _check(op, x, k, weights, group_sizes, n, element, group_size, out_dtype) ->
         if global_scale is not None:
             expect("global_scale", global_scale, (groups,), jnp.float32)
         if bias is not None:
-            expect("bias", bias, (groups, blocks * BLOCK), None)
+            expect("bias", bias, (groups, n), None)

@@ -19,7 +19,7 @@ WHOLE = -1
 """Block size that means "the whole axis" in `QFormat.block_shape`."""
 
 Offset = Literal["zero_point", "minimum"]
-Storage = Literal["plain", "packed", "wgmma", "wgmma8"]
+Storage = Literal["plain", "packed", "wgmma", "wgmma8", "wgmma8_pairs"]
 ScaleRule = Literal["amax", "mx"]
 
 
@@ -88,8 +88,9 @@ class QFormat:
         storage: "plain" (one array item per element), "packed" (uint8: a little-endian bit stream
             along K; integer codes biased by 2**(bits-1), float4 codes raw) or one that is no checkpoint's (int32:
             codes in the order of `wgmma_layout`, scales and offsets of every row likewise; N and K multiples of
-            64): "wgmma" (codes of 3 bits take 4, those of 5 to 7 take 8) or "wgmma8" (MXFP4, whose scales are
-            relative to the largest, which is the global scale).
+            64): "wgmma" (codes of 3 bits take 4, those of 5 to 7 take 8), "wgmma8" (MXFP4, whose scales are
+            relative to the largest, which is the global scale) or "wgmma8_pairs" (likewise, and of each 128 rows
+            the even ones before the odd ones: gate and up of experts whose rows alternate).
 
     Raises:
         ValueError: If a field is out of its set or the fields contradict each other.
@@ -142,8 +143,8 @@ class QFormat:
             )
         mxfp4 = ("float4_e2m1fn", (1, 32), "float8_e8m0fnu", True)
         found = (self.element, self.block_shape, self.scale_dtype, self.global_scale)
-        if self.storage == "wgmma8" and found != mxfp4:
-            refuse(f"'wgmma8' stores {mxfp4}", found)
+        if self.eight_bit and found != mxfp4:
+            refuse(f"{self.storage!r} stores {mxfp4}", found)
 
     @property
     def spec(self) -> Element:
@@ -158,12 +159,24 @@ class QFormat:
     @property
     def ordered(self) -> bool:
         """Whether codes are in the order of `wgmma_layout`, which no checkpoint has."""
-        return self.storage in ("wgmma", "wgmma8")
+        return self.storage == "wgmma" or self.eight_bit
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether codes are in the order of 8-bit operands: "wgmma8" storage, or "wgmma8_pairs"."""
+        return self.storage in ("wgmma8", "wgmma8_pairs")
+
+    @property
+    def row_multiple(self) -> int:
+        """N must be a multiple of this, so that the storage's blocks of rows are whole."""
+        if not self.ordered:
+            return 1
+        return wgmma_layout.BLOCK * (2 if self.storage == "wgmma8_pairs" else 1)
 
     @property
     def in_checkpoints(self) -> "QFormat":
         """The same format in the storage of checkpoints, "plain" or "packed"."""
-        global_scale = self.global_scale and self.storage != "wgmma8"
+        global_scale = self.global_scale and not self.eight_bit
         return dataclasses.replace(self, storage=_unordered(self.spec), global_scale=global_scale)
 
     @property
@@ -229,9 +242,9 @@ class QFormat:
                 f"{self.k_multiple}; found shape {tuple(shape)}; pad K"
             )
         if self.ordered:
-            if shape[-2] % wgmma_layout.BLOCK:
+            if shape[-2] % self.row_multiple:
                 raise ValueError(
-                    f"{self.storage!r} storage: N must be a multiple of {wgmma_layout.BLOCK}; found {tuple(shape)}"
+                    f"{self.storage!r} storage: N must be a multiple of {self.row_multiple}; found {tuple(shape)}"
                 )
             n, k = shape[-2:]
             return (*shape[:-2], *wgmma_layout.codes_shape(n, k, self.stored_bits))

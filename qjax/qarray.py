@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from qjax import wgmma_layout
-from qjax.formats import WHOLE, QFormat
+from qjax.formats import WHOLE, QFormat, Storage
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,7 @@ class QArray:
 
     Attributes:
         qvalue: Codes: [..., N, K] for "plain" storage, uint8 [..., N, K*bits/8] for "packed", int32
-            [..., N/64, K/64, bits/2, 256] for "wgmma" and "wgmma8".
+            [..., N/64, K/64, bits/2, 256] for "wgmma", "wgmma8" and "wgmma8_pairs".
         scale: [..., ceil(N/bn), ceil(K/bk)], of either sign.
         zero_point: Integers of scale's shape, in units of the signed code q, or None.
         minimum: Values of scale's shape and dtype, or None.
@@ -152,11 +152,15 @@ def dequantize_stored(w: QArray) -> Array:
     return values if w.global_scale is None else values * w.global_scale
 
 
-def to_wgmma(w: QArray) -> QArray:
+def to_wgmma(w: QArray, *, pairs: bool = False) -> QArray:
     """The same array in "wgmma" storage, or experts (more than two axes) of MXFP4 in "wgmma8" storage.
 
     Every row gets the scale of its block, and groups of a multiple of 128 columns the scale of each 128 columns;
     nothing is lost.
+
+    Args:
+        w: In the storage of checkpoints; others are returned as they are.
+        pairs: Experts of MXFP4 in "wgmma8_pairs" storage instead: their even rows are a gate's.
 
     Raises:
         ValueError: If the format or the shape does not allow it.
@@ -164,7 +168,7 @@ def to_wgmma(w: QArray) -> QArray:
     if w.format.ordered:
         return w
     if w.format.storage == "packed" and w.format.element == "float4_e2m1fn" and w.ndim > 2:
-        return _to_wgmma8(w)
+        return _to_wgmma8(w, "wgmma8_pairs" if pairs else "wgmma8")
     block_n, block_k = w.format.block_shape
     repeat = block_k // 128 if block_k != WHOLE and block_k % 128 == 0 else 1
     block_k = block_k // repeat
@@ -202,7 +206,7 @@ def to_packed(w: QArray) -> QArray:
     """The same array in the storage of checkpoints: the inverse of `to_wgmma`, others as they are."""
     if not w.format.ordered:
         return w
-    if w.format.storage == "wgmma8":
+    if w.format.eight_bit:
         return _from_wgmma8(w)
     format, bits = w.format.in_checkpoints, w.format.bits
     block_n = format.block_size(w.shape)[0]
@@ -232,9 +236,13 @@ def to_packed(w: QArray) -> QArray:
     )
 
 
-def _to_wgmma8(w: QArray) -> QArray:
-    """MXFP4 in "wgmma8" storage: scale codes count from 127, the code of the largest, modulo 256."""
-    codes = jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
+def _to_wgmma8(w: QArray, storage: Storage) -> QArray:
+    """MXFP4 in this storage: scale codes count from 127, the code of the largest, modulo 256."""
+    format = dataclasses.replace(w.format, storage=storage, global_scale=True)
+    format.storage_shape(w.shape)
+    qvalue, codes = w.qvalue, jax.lax.bitcast_convert_type(w.scale, jnp.uint8)
+    if storage == "wgmma8_pairs":
+        qvalue, codes = wgmma_layout.pair_rows(qvalue), wgmma_layout.pair_rows(codes)
     largest = jnp.max(codes, axis=(-2, -1), keepdims=True)
     # The float32 number of this e8m0 code, bit by bit: 2**-127 is subnormal, 255 is NaN.
     bits = jnp.where(largest == 0, jnp.uint32(0x00400000), largest.astype(jnp.uint32) << 23)
@@ -242,10 +250,10 @@ def _to_wgmma8(w: QArray) -> QArray:
     relative = wgmma_layout.to_row_blocks(codes - largest + jnp.uint8(127))
     return dataclasses.replace(
         w,
-        qvalue=wgmma_layout.to_words8(w.qvalue),
+        qvalue=wgmma_layout.to_words8(qvalue),
         scale=jax.lax.bitcast_convert_type(relative, jnp.float8_e8m0fnu),
         global_scale=jax.lax.bitcast_convert_type(bits, jnp.float32),
-        format=dataclasses.replace(w.format, storage="wgmma8", global_scale=True),
+        format=format,
     )
 
 
@@ -256,9 +264,12 @@ def _from_wgmma8(w: QArray) -> QArray:
     largest = (bits >> 23).astype(jnp.uint8)
     relative = wgmma_layout.from_row_blocks(jax.lax.bitcast_convert_type(w.scale, jnp.uint8))
     codes = relative - jnp.uint8(127) + largest
+    qvalue = wgmma_layout.from_words8(w.qvalue)
+    if w.format.storage == "wgmma8_pairs":
+        qvalue, codes = wgmma_layout.unpair_rows(qvalue), wgmma_layout.unpair_rows(codes)
     return dataclasses.replace(
         w,
-        qvalue=wgmma_layout.from_words8(w.qvalue),
+        qvalue=qvalue,
         scale=jax.lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu),
         global_scale=None,
         format=w.format.in_checkpoints,

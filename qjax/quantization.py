@@ -56,7 +56,7 @@ def quantize(
     format = qformat(format)
     if format.ordered:
         stored = quantize(x, format.in_checkpoints, grid=grid, rounding=rounding, dtype=dtype)
-        return to_wgmma(stored)
+        return to_wgmma(stored, pairs=format.storage == "wgmma8_pairs")
     _check_input("quantize", x, format)
     if grid is None:
         _check_groups("quantize", x, format)

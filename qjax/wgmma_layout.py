@@ -16,7 +16,8 @@ of 64 rows lie together for each group of columns.
 "wgmma8" storage is for FP4 codes that become FP8 numbers: wgmma's fragment of a 64x32 matrix of 8-bit elements. Word
 ``4 * thread + 2j + h`` holds row ``16w + 8h + r``, columns ``32j + 16p + 4q + i``. Magnitudes (three bits) start at
 bit 16p + 4i, where PRMT finds the selectors of four bytes; signs are bits 8i + 7 of the codes with p = 0, and
-8i + 3 of those with p = 1.
+8i + 3 of those with p = 1. "wgmma8_pairs" is the same for experts whose rows alternate between gate and up: blocks
+do so instead, so that a warpgroup with two blocks finds both of what an activation takes in one thread.
 """
 
 import jax.numpy as jnp
@@ -122,6 +123,20 @@ def from_words8(words: Array) -> Array:
     b = jnp.stack([jnp.stack(x, axis=-1) for x in out], axis=-2)
     b = b.transpose(0, 1, 3, 7, 4, 2, 6, 8, 5, 9)
     return b.reshape(*lead, row_blocks * BLOCK, column_blocks * BLOCK // 2)
+
+
+def pair_rows(values: Array) -> Array:
+    """[..., N, X] with the even rows of each 128 before the odd ones."""
+    *lead, n, x = values.shape
+    b = values.reshape(*lead, n // (2 * BLOCK), BLOCK, 2, x)
+    return b.swapaxes(-3, -2).reshape(values.shape)
+
+
+def unpair_rows(values: Array) -> Array:
+    """The inverse of `pair_rows`."""
+    *lead, n, x = values.shape
+    b = values.reshape(*lead, n // (2 * BLOCK), 2, BLOCK, x)
+    return b.swapaxes(-3, -2).reshape(values.shape)
 
 
 def _fp4_fields():

@@ -26,7 +26,7 @@ def routed(experts: int, top_k: int, tokens: int) -> np.ndarray:
     return np.bincount(np.concatenate(chosen), minlength=experts).astype(np.int32)
 
 
-def weight(name: str, experts: int, n: int, k: int, key: jax.Array) -> QArray:
+def weight(name: str, experts: int, n: int, k: int, pairs: bool, key: jax.Array) -> QArray:
     """Random codes and scales, re-laid out."""
     format = qformat(name)
     if format.element == "int4":
@@ -37,7 +37,8 @@ def weight(name: str, experts: int, n: int, k: int, key: jax.Array) -> QArray:
     codes = jax.lax.map(  # all at once, random bits would need four times the memory
         lambda key: jax.random.bits(key, (n, k // 2), jnp.uint8), jax.random.split(keys[1], experts)
     )
-    return to_wgmma(QArray.from_parts(format, codes, scale.astype(format.scale_dtype)))
+    w = QArray.from_parts(format, codes, scale.astype(format.scale_dtype))
+    return to_wgmma(w, pairs=pairs)
 
 
 def grouped_case(
@@ -48,11 +49,15 @@ def grouped_case(
     rows, active = int(sizes.sum()), int((sizes > 0).sum())
     keys = jax.random.split(jax.random.key(experts + tokens + n), 3)
     x = jax.random.normal(keys[0], (rows, k), jnp.bfloat16)
-    make = jax.jit(weight, static_argnums=(0, 1, 2, 3))
-    weights = [make(name, experts, n, k, key) for key in keys[1 : 2 + gated]]
+    make = jax.jit(weight, static_argnums=(0, 1, 2, 3, 4))
+    together = gated and name == "mxfp4"  # as GPT-OSS has them
+    if together:
+        weights = [make(name, experts, 2 * n, k, True, keys[1])]
+    else:
+        weights = [make(name, experts, n, k, False, key) for key in keys[1 : 2 + gated]]
 
     def run(x, sizes, w, up=None):
-        if up is not None:
+        if gated:
             return gated_ragged_dot(x, w, up, sizes, implementation="pallas_mosaic_gpu")
         return ragged_dot(x, w, sizes, implementation="pallas_mosaic_gpu")
 
@@ -62,6 +67,8 @@ def grouped_case(
             jnp.matmul(x.astype(jnp.float32), dequantize_stored(w).T, precision="highest")
             for w in weights
         ]
+        if together:
+            products = products[0][:, ::2], products[0][:, 1::2]
         return jax.nn.silu(products[0]) * products[1] if gated else products[0]
 
     def error(out):
@@ -76,7 +83,7 @@ def grouped_case(
         return float(np.sqrt(wrong / right))
 
     bits = 4 + 8 * weights[0].scale.dtype.itemsize / 32
-    products = len(weights)
+    products = 2 if gated else 1
     return dict(
         op="mixed_gated_grouped_gemm" if gated else "mixed_grouped_gemm",
         format=name,

@@ -41,6 +41,7 @@ DEEPSEEK_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 
 LLAMA_NK = ((4096, 4096), (28672, 4096), (8192, 8192))
 INT4_NK = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192))
 TOKENS = (1, 16, 64, 128, 256, 4096)
+TOGETHER = 4  # cases whose arrays live at a time
 
 DECODE = tuple((b, context) for context in (1024, 8192, 32768) for b in (1, 16, 64, 128))
 
@@ -218,76 +219,66 @@ def quantize_case(op: str, m: int, k: int) -> Case:
     )
 
 
-def cases(ops: Sequence[str], tokens: Sequence[int]) -> list[Callable[[], Case]]:
-    """Makers of the cases, so that only one case's arrays live at a time."""
-    makers: list[Callable[[], Case]] = []
-    for op, sizes in (
-        ("fp8_block_gemm", DEEPSEEK_NK),
-        ("fp8_rowwise_gemm", (*DEEPSEEK_NK, *LLAMA_NK)),
-    ):
-        if op in ops:
-            makers += [
-                lambda op=op, m=m, n=n, k=k: fp8_gemm_case(op, m, n, k)
-                for n, k in sizes
-                for m in tokens
+def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
+    """{op: makers of its cases}; makers, so that only some cases' arrays live at a time."""
+
+    def made(case: Callable[..., dict], shapes, **options) -> list[Callable[[], Case]]:
+        return [lambda s=s: Case(**case(*s, **options)) for s in shapes]
+
+    def crossed(case: Callable[..., Case], *axes, **options) -> list[Callable[[], Case]]:
+        """Of every combination, the last axis fastest; an axis' items may be tuples of arguments."""
+        combinations = [()]
+        for axis in axes:
+            combinations = [
+                (*c, *(item if isinstance(item, tuple) else (item,)))
+                for c in combinations
+                for item in axis
             ]
-    if "int4_gemm" in ops:
-        makers += [
-            lambda m=m, n=n, k=k, group=group: int4_case(m, n, k, group)
-            for n, k in INT4_NK
-            for group in (128, 32)
-            for m in tokens
+        return [functools.partial(case, *c, **options) for c in combinations]
+
+    def fp8(op, sizes):
+        return crossed(lambda n, k, m: fp8_gemm_case(op, m, n, k), sizes, tokens)
+
+    def fp8_grouped(op):
+        return [
+            maker
+            for masked, shapes in ((True, grouped.MASKED), (False, grouped.CONTIGUOUS))
+            for maker in made(functools.partial(grouped.grouped_case, op), shapes, masked=masked)
         ]
-    for op in ("fp8_block_grouped_gemm", "fp8_rowwise_grouped_gemm"):
-        if op in ops:
-            makers += [
-                lambda op=op, masked=masked, sizes=sizes: Case(
-                    **grouped.grouped_case(op, *sizes, masked=masked)
-                )
-                for masked, shapes in ((True, grouped.MASKED), (False, grouped.CONTIGUOUS))
-                for sizes in shapes
-            ]
-    if "paged_attention" in ops:
-        makers += [
-            lambda b=b, context=context, fp8=fp8: decode_case(b, context, fp8=fp8)
-            for fp8 in (True, False)
-            for b, context in DECODE
-        ]
-    if "mixed_gemm" in ops:
-        makers += [
-            lambda f=f, m=m, n=n, k=k: Case(**mixed.mixed_case(f, m, n, k))
-            for f in mixed.FORMATS
-            for n, k in mixed.NK
-            for m in tokens
-        ]
-    for op, gated in (("mixed_gated_grouped_gemm", True), ("mixed_grouped_gemm", False)):
-        if op in ops:
-            makers += [
-                lambda sizes=sizes, gated=gated: Case(**experts.grouped_case(*sizes, gated=gated))
-                for sizes in experts.grouped_cases(gated)
-            ]
-    if "prefill_attention" in ops:
-        makers += [lambda s=s: Case(**prefill.dense_case(*s)) for s in prefill.DENSE]
-    if "paged_prefill_attention" in ops:
-        makers += [lambda s=s: Case(**prefill.paged_case(*s)) for s in prefill.PAGED]
-    return makers
+
+    def quantizer(op):
+        return crossed(lambda k, m: quantize_case(op, m, k), (2048, 7168, 16384), tokens)
+
+    return {
+        "fp8_block_grouped_gemm": fp8_grouped("fp8_block_grouped_gemm"),
+        "fp8_rowwise_grouped_gemm": fp8_grouped("fp8_rowwise_grouped_gemm"),
+        "fp8_block_gemm": fp8("fp8_block_gemm", DEEPSEEK_NK),
+        "fp8_rowwise_gemm": fp8("fp8_rowwise_gemm", (*DEEPSEEK_NK, *LLAMA_NK)),
+        "int4_gemm": crossed(
+            lambda n, k, group, m: int4_case(m, n, k, group), INT4_NK, (128, 32), tokens
+        ),
+        "mixed_gemm": crossed(
+            lambda f, n, k, m: Case(**mixed.mixed_case(f, m, n, k)),
+            mixed.FORMATS,
+            mixed.NK,
+            tokens,
+        ),
+        "mixed_gated_grouped_gemm": made(
+            experts.grouped_case, experts.grouped_cases(True), gated=True
+        ),
+        "mixed_grouped_gemm": made(experts.grouped_case, experts.grouped_cases(False), gated=False),
+        "paged_attention": [
+            *crossed(decode_case, DECODE, fp8=True),
+            *crossed(decode_case, DECODE, fp8=False),
+        ],
+        "prefill_attention": made(prefill.dense_case, prefill.DENSE),
+        "paged_prefill_attention": made(prefill.paged_case, prefill.PAGED),
+        "fp8_quantize_1x128": quantizer("fp8_quantize_1x128"),
+        "fp8_quantize_per_token": quantizer("fp8_quantize_per_token"),
+    }
 
 
-OPS = (
-    "fp8_block_grouped_gemm",
-    "fp8_rowwise_grouped_gemm",
-    "fp8_block_gemm",
-    "fp8_rowwise_gemm",
-    "int4_gemm",
-    "mixed_gemm",
-    "mixed_gated_grouped_gemm",
-    "mixed_grouped_gemm",
-    "paged_attention",
-    "prefill_attention",
-    "paged_prefill_attention",
-    "fp8_quantize_1x128",
-    "fp8_quantize_per_token",
-)
+OPS = tuple(makers(TOKENS))
 
 
 def measure_ceilings(calls: int) -> dict[str, float]:
@@ -336,6 +327,14 @@ def measure(case: Case, ceilings: dict[str, float], peers, stamp: dict, calls: i
     )
 
 
+def compiled(makers: Sequence[Callable[[], Case]]) -> list[Case]:
+    """Cases whose functions have run once, in parallel: compilation is mostly ptxas, a process of its own."""
+    cases = [make() for make in makers]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda case: jax.block_until_ready(case.fn(*case.args)), cases))
+    return cases
+
+
 def tilings(op: str, m: int, n: int, k: int) -> list[tuple[float, Callable[[], Case], object]]:
     """(modelled microseconds, maker of the case, tiling) of each candidate, the chosen one first."""
     num_sms, partial = jax.devices()[0].core_count, functools.partial
@@ -359,17 +358,12 @@ def tilings(op: str, m: int, n: int, k: int) -> list[tuple[float, Callable[[], C
 
 
 def sweep(op: str, tokens: Sequence[int], calls: int, most: int, console: Console) -> None:
-    """Prints the times of the candidate tilings beside their model, of which the first is what the op chooses.
-
-    Compiles in parallel: a kernel's compilation is mostly ptxas, a process of its own.
-    """
+    """Prints the times of the candidate tilings beside their model, of which the first is what the op chooses."""
     for n, k in INT4_NK if op == "int4_gemm" else DEEPSEEK_NK:
         for m in tokens:
             rows = tilings(op, m, n, k)[:most]
-            cases = [make() for _, make, _ in rows]
+            cases = compiled([make for _, make, _ in rows])
             inputs = testing.rotate_inputs(cases[0].args)
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                list(pool.map(lambda case: jax.block_until_ready(case.fn(*case.args)), cases))
             times = [testing.measure_kernel_us(case.fn, inputs, calls=calls) for case in cases]
             for i in sorted(range(len(rows)), key=lambda i: times[i])[:6]:
                 modelled, _, config = rows[i]
@@ -448,11 +442,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     peers = {path: testing.read_peers(path) for path in files}
     ceilings = measure_ceilings(arguments.calls)
     records = []
-    for make in cases(arguments.ops, arguments.tokens):
-        record = measure(make(), ceilings, peers, stamp, arguments.calls)
-        records.append(record)
-        if arguments.out:
-            testing.append_records(arguments.out, [record])
+    known = makers(arguments.tokens)
+    chosen = [make for op in arguments.ops for make in known[op]]
+    for start in range(0, len(chosen), TOGETHER):
+        for case in compiled(chosen[start : start + TOGETHER]):
+            records.append(measure(case, ceilings, peers, stamp, arguments.calls))
+            if arguments.out:
+                testing.append_records(arguments.out, records[-1:])
     console.print(render(records, ceilings))
     ratios = [r.peer_ratio for r in records if r.peer_ratio is not None]
     if ratios:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,14 @@ from qjax.nn._params import (
     abstract_weight,
 )
 from qjax.nn._router import Router, Routing
-from qjax.ops import gated_ragged_dot, ragged_dot, silu_mul, straight_through
+from qjax.ops import (
+    SILU,
+    GatedActivation,
+    gated_activation,
+    gated_ragged_dot,
+    ragged_dot,
+    straight_through,
+)
 from qjax.qarray import QArray
 from qjax.quantization import compute_grid, quantize_activation, refine_blocks
 from qjax.sharding import Sharding, array_specs, part_specs, sharded_format
@@ -52,6 +60,7 @@ class ExpertLinear(nnx.Module):
         expert_axis: str | None = None,
         stacked_in_checkpoint: bool = False,
         transposed_in_checkpoint: bool = False,
+        alternating: bool = False,
     ):
         """Builds the stacked layer with abstract parameters.
 
@@ -68,12 +77,14 @@ class ExpertLinear(nnx.Module):
             stacked_in_checkpoint: Whether checkpoints hold the stack as one tensor (GPT-OSS) instead of
                 one tensor per expert.
             transposed_in_checkpoint: Whether that tensor, where it is not quantized, is [E, K, N].
+            alternating: Whether even rows are a gate's and odd ones what it gates, as `gated_product` takes them.
 
         Raises:
             ValueError: If the experts of one layer have different specs.
         """
         self.stacked_in_checkpoint = stacked_in_checkpoint
         self.transposed_in_checkpoint = transposed_in_checkpoint
+        self.alternating = alternating
         self.num_experts = num_experts
         paths = self.checkpoint_paths(path)
         spec = context.spec(paths[0])
@@ -145,6 +156,11 @@ class ExpertLinear(nnx.Module):
             [M, N], partial sums (which the caller adds up) where `in_axis` cuts K; rows past the groups
             are zeros.
         """
+        x, options = self.local_arguments(operands, x)
+        return ragged_dot(x, operands[0], group_sizes, **options)
+
+    def local_arguments(self, operands, x) -> tuple[Array | QArray, dict[str, Any]]:
+        """x and the options with which this device's product meets its weight; arguments as `local_product`'s."""
         weight, bias, scale = operands
         activation = self.activation_format
         out_dtype = x.dtype
@@ -168,10 +184,7 @@ class ExpertLinear(nnx.Module):
                     x = straight_through(x, quantized.dequantize(x.dtype))
         if bias is not None and self.in_axis is not None:
             bias = jnp.where(jax.lax.axis_index(self.in_axis) == 0, bias, jnp.zeros_like(bias))
-        return ragged_dot(
-            x,
-            weight,
-            group_sizes,
+        return x, dict(
             bias=bias,
             activation_format=activation,
             activation_scale=scale,
@@ -192,14 +205,32 @@ class LocalExperts:
         return self.layer.local_product(self.operands, x, group_sizes)
 
 
-def gated_product(gate: LocalExperts, up: LocalExperts, x: Array, group_sizes: Array) -> Array:
-    """silu(gate(x)) * up(x), in one kernel where there is one."""
-    (gate_weight, *gate_rest), (up_weight, *up_rest) = gate.operands, up.operands
-    formats = gate.layer.activation_format, up.layer.activation_format
-    if any(part is not None for part in (*gate_rest, *up_rest, *formats)):
-        return silu_mul(gate(x, group_sizes), up(x, group_sizes))
-    implementation = gate.layer.implementation
-    return gated_ragged_dot(x, gate_weight, up_weight, group_sizes, implementation=implementation)
+def gated_product(
+    gate: LocalExperts,
+    up: LocalExperts | None,
+    x: Array,
+    group_sizes: Array,
+    activation: GatedActivation = SILU,
+) -> Array:
+    """The gated activation of gate(x) and up(x), in one kernel where there is one.
+
+    Args:
+        gate: An `alternating` layer has both.
+        up: None beside such a layer.
+        x: [M, K].
+        group_sizes: Rows of each expert.
+        activation: Which one.
+    """
+    weight = None
+    if up is not None:
+        plain = all(part is None for part in (*gate.operands[1:], *up.operands[1:]))
+        if not plain or gate.layer.activation_format != up.layer.activation_format:
+            return gated_activation(gate(x, group_sizes), up(x, group_sizes), activation)
+        weight = up.operands[0]
+    rows, options = gate.layer.local_arguments(gate.operands, x)
+    return gated_ragged_dot(
+        rows, gate.operands[0], weight, group_sizes, activation=activation, **options
+    )
 
 
 def _shared_scale(
@@ -272,7 +303,7 @@ class Experts(nnx.Module):
         self.expert_axis = context.sharding.axis("expert", num_experts)
         self.channel_axis = channels = context.sharding.axis("mlp", intermediate_size)
 
-        def make(name: str, n_in: int, n_out: int) -> ExpertLinear:
+        def make(name: str, n_in: int, n_out: int, **options) -> ExpertLinear:
             cut = {"in_axis": channels} if name == "down_proj" else {"out_axis": channels}
             return ExpertLinear(
                 num_experts,
@@ -283,6 +314,7 @@ class Experts(nnx.Module):
                 expert_axis=self.expert_axis,
                 **cut,
                 **kwargs,
+                **options,
             )
 
         return make

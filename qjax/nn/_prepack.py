@@ -1,5 +1,7 @@
 """Re-laying a loaded model's weights out for the GPU kernels."""
 
+import functools
+
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -55,12 +57,16 @@ def _fp4_experts(w: QArray) -> bool:
 
 def _convert(module: Linear | ExpertLinear, w: QArray) -> QArray:
     mesh = module.sharding.mesh
+    pairs = isinstance(module, ExpertLinear) and module.alternating
+    if w.shape[-2] % (2 * BLOCK * module.sharding.size(module.out_axis)):
+        pairs = False  # a pair of blocks would be cut
+    convert = functools.partial(prepack_array, pairs=pairs)
     if mesh is None:
-        return jax.jit(prepack_array)(w)
+        return jax.jit(convert)(w)
     lead = (module.expert_axis,) if isinstance(module, ExpertLinear) else ()
     spec = PartitionSpec(*lead, module.out_axis, module.in_axis)
-    specs = array_specs(jax.eval_shape(prepack_array, w), spec)
+    specs = array_specs(jax.eval_shape(convert, w), spec)
     shardings = jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
-    return jax.jit(prepack_array, out_shardings=shardings)(w)
+    return jax.jit(convert, out_shardings=shardings)(w)

@@ -1,10 +1,12 @@
 """Ops on plain and quantized arrays: plain functions, one device, differentiable."""
 
+from qjax.ops._activation import SILU, GatedActivation, gated_activation, silu_mul
 from qjax.ops._attention import dot_product_attention, paged_attention
 from qjax.ops._dispatch import device_reason, require_kernels
 from qjax.ops._dot import dot, straight_through
 from qjax.ops._dot_kernels import prepack, prepackable
 from qjax.ops._fp8_training import GRADIENT_ELEMENTS, fp8_dot
+from qjax.ops._gated_ragged_dot import gated_ragged_dot
 from qjax.ops._kv_cache_write import Rotation, kv_cache_write, rotate, write_pages
 from qjax.ops._latent_attention import latent_attention
 from qjax.ops._quantized_input import (
@@ -12,20 +14,22 @@ from qjax.ops._quantized_input import (
     quantized_rms_norm,
     quantized_silu_mul,
     rms_norm,
-    silu_mul,
     takes_quantized_input,
 )
-from qjax.ops._ragged_dot import gated_ragged_dot, ragged_dot
+from qjax.ops._ragged_dot import ragged_dot
 from qjax.ops._take import take_rows
 
 __all__ = [
     "GRADIENT_ELEMENTS",
+    "SILU",
+    "GatedActivation",
     "QuantizedInput",
     "Rotation",
     "device_reason",
     "dot",
     "dot_product_attention",
     "fp8_dot",
+    "gated_activation",
     "gated_ragged_dot",
     "kv_cache_write",
     "latent_attention",

@@ -221,15 +221,20 @@ def quantized_operand(
     return x.qvalue, jnp.pad(x_scale.T, ((0, 0), (0, -x.shape[0] % 4)))
 
 
-def prepack(w: QArray) -> QArray:
+def prepack(w: QArray, *, pairs: bool = False) -> QArray:
     """The weight in the layout of the kernel that multiplies it with 16-bit inputs, done once where a model is loaded.
 
     Integers of 2 to 8 bits, FP8 and MXFP4 in groups of 32, 64, a multiple of 128 or all columns get "wgmma" storage if
     N and K are multiples of 64; of experts [E, N, K], MXFP4 ("wgmma8") and symmetric INT4 do. Other arrays are
     returned as they are. The values are the same. Weights that meet quantized inputs keep their layout, but for
     experts of MXFP4: don't prepack those.
+
+    Args:
+        w: [..., N, K].
+        pairs: The even rows are a gate's, the odd ones what it gates: MXFP4 experts get "wgmma8_pairs" storage for
+            `gated_ragged_dot` if N is a multiple of 128.
     """
-    return to_wgmma(w) if prepackable(w) else w
+    return to_wgmma(w, pairs=pairs and w.shape[-2] % 128 == 0) if prepackable(w) else w
 
 
 def prepackable(w: QArray) -> bool:

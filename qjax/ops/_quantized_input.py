@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from qjax.formats import WHOLE, ActivationFormat
+from qjax.ops._activation import silu_mul
 from qjax.ops._dispatch import device_reason
 from qjax.ops._dot_kernels import fp8_pair, quantized_operand
 from qjax.pallas_kernels import fp8_quantize_fused_sm90 as fused
@@ -76,11 +77,6 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], *, eps: float
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
     return (f * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-
-
-def silu_mul(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Array:
-    """silu(gate) * up (arXiv:2002.05202): silu in float32, it and the product rounded to gate's dtype."""
-    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
 def quantized_rms_norm(

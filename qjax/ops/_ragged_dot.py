@@ -1,7 +1,7 @@
 """Grouped matrix product of a mixture of experts: each group of rows meets its own expert's weight."""
 
 import functools
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ from qjax.formats import WHOLE, ActivationFormat
 from qjax.ops._dispatch import choose, device_reason, num_sms
 from qjax.ops._dot import straight_through
 from qjax.ops._dot_kernels import describe, fp8_pair, prepackable, quantized_operand
-from qjax.ops._quantized_input import silu_mul
 from qjax.pallas_kernels import fp8_grouped_gemm_sm90, mixed_grouped_gemm_sm90
 from qjax.qarray import QArray, decode_scale, dequantize_stored
 from qjax.quantization import quantize_activation
+from qjax.wgmma_layout import pair_rows, unpair_rows
 
 
 def ragged_dot(
@@ -83,54 +83,6 @@ def ragged_dot(
     return jnp.where(inside, y, 0.0).astype(out_dtype)
 
 
-def gated_ragged_dot(
-    lhs: Array | QArray,
-    gate: Array | QArray,
-    up: Array | QArray,
-    group_sizes: Int[Array, " E"],
-    *,
-    activation_format: ActivationFormat | None = None,
-    activation_scale: Array | None = None,
-    out_dtype: DTypeLike | None = None,
-    implementation: str | None = None,
-) -> Float[Array, "M N"]:
-    """silu(lhs @ gate[e].T) * (lhs @ up[e].T) for consecutive groups of rows.
-
-    Weights that are re-laid out for the kernel of 4-bit experts meet in one kernel, in which the two products
-    stay float32; others are two calls of `ragged_dot`. Gradients flow to lhs, and to plain weights.
-
-    Args:
-        lhs: As `ragged_dot`'s.
-        gate: [E, N, K], plain or quantized.
-        up: Likewise.
-        group_sizes: As `ragged_dot`'s.
-        activation_format: As `ragged_dot`'s.
-        activation_scale: As `ragged_dot`'s.
-        out_dtype: Result's dtype; default lhs's.
-        implementation: As `ragged_dot`'s.
-
-    Raises:
-        ValueError: As `ragged_dot`.
-    """
-    out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
-    if isinstance(gate, QArray) and isinstance(up, QArray) and implementation != "xla":
-        alike = gate.shape == up.shape and gate.format == up.format and gate.format.ordered
-        format = activation_format
-        if alike and not unsupported_reason(
-            lhs, gate, activation_format=format, out_dtype=out_dtype
-        ):
-            run = _gated_product if isinstance(lhs, QArray) else _gated_differentiable
-            return run((format, out_dtype.name), lhs, gate, up, group_sizes)
-    args: dict = dict(
-        activation_format=activation_format,
-        activation_scale=activation_scale,
-        out_dtype=out_dtype,
-        implementation=implementation,
-    )
-    gated, linear = (ragged_dot(lhs, w, group_sizes, **args) for w in (gate, up))
-    return silu_mul(gated, linear).astype(out_dtype)
-
-
 def unsupported_reason(
     lhs: Array | QArray,
     rhs: Array | QArray,
@@ -190,15 +142,18 @@ def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
     activation_format, out_dtype = static
     rows = lhs.shape[0]
     if rhs.format.ordered:
-        return mixed_grouped_gemm_sm90.mixed_grouped_gemm(
-            _mixed_rows(lhs, activation_format),
-            _mixed_weights(rhs, bias),
+        pairs = rhs.format.storage == "wgmma8_pairs"
+        if pairs and bias is not None:
+            bias = pair_rows(bias[..., None])[..., 0]
+        y = mixed_grouped_gemm_sm90.mixed_grouped_gemm(
+            mixed_rows(lhs, activation_format),
+            mixed_weights(rhs, bias),
             group_sizes.astype(jnp.int32),
-            element=_element(rhs),
-            group_size=rhs.format.block_size(rhs.shape)[1],
             out_dtype=out_dtype,
             num_sms=num_sms(),
+            **mixed_options(rhs),
         )
+        return unpair_rows(y.T).T if pairs else y
     codes, x_scale = quantized_operand(lhs, activation_format, None)
     w_scale = decode_scale(rhs.scale)
     inputs = lhs.format if isinstance(lhs, QArray) else activation_format.format
@@ -225,7 +180,7 @@ def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
     return y[:rows]
 
 
-def _mixed_rows(lhs, activation_format):
+def mixed_rows(lhs, activation_format) -> Array | mixed_grouped_gemm_sm90.FP8Rows:
     """lhs as the kernel of 4-bit experts reads it."""
     if activation_format is None and not isinstance(lhs, QArray):
         return lhs
@@ -233,53 +188,15 @@ def _mixed_rows(lhs, activation_format):
     return mixed_grouped_gemm_sm90.FP8Rows((codes[: lhs.shape[0]],), scale)
 
 
-def _element(rhs: QArray) -> Literal["int4", "float4_e2m1fn"]:
-    return "int4" if rhs.format.element == "int4" else "float4_e2m1fn"
-
-
-def _mixed_weights(rhs: QArray, bias=None) -> mixed_grouped_gemm_sm90.GroupedWeights:
+def mixed_weights(rhs: QArray, bias=None) -> mixed_grouped_gemm_sm90.GroupedWeights:
+    """Re-laid out weights as that kernel takes them, the bias in the order of the stored rows."""
     scale = None if rhs.global_scale is None else rhs.global_scale.reshape(-1)
     return mixed_grouped_gemm_sm90.GroupedWeights(rhs.qvalue, rhs.scale, scale, bias)
 
 
-def _gated_product(static, lhs, gate: QArray, up: QArray, group_sizes) -> Array:
-    """Both products and the activation by one kernel."""
-    activation_format, out_dtype = static
-    return mixed_grouped_gemm_sm90.mixed_gated_grouped_gemm(
-        _mixed_rows(lhs, activation_format),
-        _mixed_weights(gate),
-        _mixed_weights(up),
-        group_sizes.astype(jnp.int32),
-        element=_element(gate),
-        group_size=gate.format.block_size(gate.shape)[1],
-        activation=mixed_grouped_gemm_sm90.GatedActivation(),
-        out_dtype=out_dtype,
-        num_sms=num_sms(),
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated_differentiable(static, lhs, gate, up, group_sizes):
-    return _gated_product(static, lhs, gate, up, group_sizes)
-
-
-def _gated_forward(static, lhs, gate, up, group_sizes):
-    return _gated_product(static, lhs, gate, up, group_sizes), (lhs, gate, up, group_sizes)
-
-
-def _gated_backward(static, residuals, g):
-    lhs, gate, up, group_sizes = residuals
-
-    def unfused(lhs):
-        gated: Array = _differentiable(static, lhs, gate, group_sizes, None)
-        linear: Array = _differentiable(static, lhs, up, group_sizes, None)
-        return silu_mul(gated, linear)
-
-    (d_lhs,) = jax.vjp(unfused, lhs)[1](g)
-    return d_lhs, None, None, None
-
-
-_gated_differentiable.defvjp(_gated_forward, _gated_backward)
+def mixed_options(rhs: QArray) -> dict[str, Any]:
+    """What that kernel must know of the weights' format."""
+    return dict(element=rhs.format.element, group_size=rhs.format.block_size(rhs.shape)[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

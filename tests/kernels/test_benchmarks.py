@@ -80,10 +80,25 @@ def test_peers_are_found_by_op_format_and_shape():
         assert testing.fastest_peer(peers, op, fmt, {"m": 3}) is None
 
 
-def test_every_case_has_a_maker():
-    makers = bench.cases(bench.OPS, (1, 16))
-    products = 2 * (6 + 9 + 2 * 6 + 3 + 3) + 2 * 8 * 3
-    assert len(makers) == products + 2 * (8 + 5) + 2 * 3 * 7 + 2 * 12 + 4 + 7
+def test_every_op_has_its_cases():
+    one, two = bench.makers((16,)), bench.makers((1, 16))
+    assert tuple(one) == bench.OPS and all(one.values())
+    by_tokens = {op for op in one if len(one[op]) < len(two[op])}
+    assert by_tokens == {
+        *("fp8_block_gemm", "fp8_rowwise_gemm", "int4_gemm", "mixed_gemm"),
+        *("fp8_quantize_1x128", "fp8_quantize_per_token"),
+    }
+    assert len(two["int4_gemm"]) == 2 * 6 * 2
+    assert len(two["fp8_block_grouped_gemm"]) == 8 + 5
+    assert len(two["paged_attention"]) == 2 * 12
+
+
+def test_makers_make_the_case_that_was_named():
+    cases = bench.makers((3,))
+    case = cases["fp8_quantize_per_token"][0]()
+    assert case.op == "fp8_quantize_per_token" and case.shape == {"m": 3, "k": 2048}
+    case = cases["int4_gemm"][1]()
+    assert (case.format, case.shape) == ("int4_1x32", {"m": 3, "n": 4096, "k": 4096})
 
 
 def test_an_int4_products_record(on_cpu):

@@ -64,6 +64,13 @@ def weights(
     return GroupedWeights(words, blocks, powers, bias), values * factor
 
 
+def of_pairs(both, values):
+    """(gate's, up's) values and biases of weights that hold both."""
+    blocks = values.reshape(values.shape[0], -1, 2, 64, values.shape[2])
+    values = [blocks[:, :, i].reshape(values.shape[0], -1, values.shape[2]) for i in (0, 1)]
+    return values, (both.bias[:, ::2], both.bias[:, 1::2])
+
+
 def reference(x, values, bias, sizes):
     """float32 products of each group's rows; zeros past the groups."""
     out = np.zeros((x.shape[0], values.shape[1]), np.float32)
@@ -145,10 +152,8 @@ def test_gated_numbers(sizes, activation, config, together):
     n, k, groups = 128, 192, len(sizes)
     x = activations(sum(sizes) + 1, k)
     if together:
-        both, values = weights(groups, 2 * n, k, scales=MODEST)
-        gate = up = both
-        values = values[:, :n], values[:, n:]
-        biases = both.bias[:, :n], both.bias[:, n:]
+        gate, both = weights(groups, 2 * n, k, scales=MODEST)
+        up, (values, biases) = None, of_pairs(gate, both)
     else:
         (gate, first), (up, second) = (weights(groups, n, k, seed=s, scales=MODEST) for s in (1, 2))
         values, biases = (first, second), (gate.bias, up.bias)
@@ -159,7 +164,6 @@ def test_gated_numbers(sizes, activation, config, together):
             up,
             jnp.int32(sizes),
             activation=activation,
-            n=n,
             config=config,
             num_sms=3,
             **options({}),
@@ -222,7 +226,8 @@ def test_ptxas_neither_spills_nor_serializes():
             for kind in ("one", "two", "int4"):
                 element = "int4" if kind == "int4" else "float4_e2m1fn"
                 config = choose_tiles(rows, element=element, gated=gated)
-                jobs[config, gated, kind] = job(rows, 2880, 2880, kind, gated=gated)
+                n = 5760 if gated and kind != "int4" else 2880
+                jobs[config, gated, kind] = job(rows, n, 2880, kind, gated=gated)
     for reports in testing.ptxas_reports(list(jobs.values())):
         (report,) = reports
         report.check()
@@ -254,8 +259,9 @@ def job(rows, n, k, kind, *, gated):
 
     def run(*leaves):
         x, w, sizes = jax.tree.unflatten(tree, leaves)
-        if gated:
-            return mixed_gated_grouped_gemm(x, w, w, sizes, activation=GPT_OSS, **keep)
+        if gated:  # FP4 weights as GPT-OSS has them, INT4 ones as Kimi K2
+            up = w if kind == "int4" else None
+            return mixed_gated_grouped_gemm(x, w, up, sizes, activation=GPT_OSS, **keep)
         return mixed_grouped_gemm(x, w, sizes, **keep)
 
     return run, jax.tree.leaves(jax.eval_shape(arguments))
@@ -289,10 +295,12 @@ def test_bad_arguments_are_named():
         run(x.astype(jnp.float16), w, sizes)
     with pytest.raises(ValueError, match="one or two terms of FP8"):
         run(FP8Rows((x,), jnp.ones(8)), w, sizes)
+    keep = dict(element="float4_e2m1fn", group_size=32, activation=GPT_OSS)
     with pytest.raises(ValueError, match="and 2 pieces"):
         config = MixedTileConfig(8, 1, 1, 1, 128, 2)
-        keep = dict(element="float4_e2m1fn", group_size=32, activation=GPT_OSS)
         mixed_gated_grouped_gemm(x, w, w, sizes, config=config, **keep)
+    with pytest.raises(ValueError, match="must be pairs of 64 rows; found 64"):
+        mixed_gated_grouped_gemm(x, w, None, sizes, **keep)
     reason = functools.partial(unsupported_reason, element="int4", scale_dtype="bfloat16")
     assert reason(64, 128, group_size=32) is None
     assert "multiples of 64" in reason(72, 128, group_size=32)
@@ -313,8 +321,9 @@ def test_gpu_matches_the_reference(rows, element):
     expected = reference(x, values, parts.bias, sizes)
     out = jax.jit(functools.partial(mixed_grouped_gemm, **keep))(x, parts, jnp.int32(sizes))
     assert relative_error(out, expected) <= TOLERANCE[element]
-    run = functools.partial(mixed_gated_grouped_gemm, **keep, n=n, activation=GPT_OSS)
-    out = jax.jit(run)(x, parts, parts, jnp.int32(sizes))
+    run = functools.partial(mixed_gated_grouped_gemm, **keep, activation=GPT_OSS)
+    out = jax.jit(run)(x, parts, None, jnp.int32(sizes))
     inside = (np.arange(x.shape[0]) < sum(sizes))[:, None]
-    expected = gated_reference(expected[:, :n], expected[:, n:], GPT_OSS, inside)
+    products = (reference(x, v, b, sizes) for v, b in zip(*of_pairs(parts, values), strict=True))
+    expected = gated_reference(*products, GPT_OSS, inside)
     assert relative_error(out, expected) <= TOLERANCE[element]

@@ -244,6 +244,8 @@ def test_experts_of_checkpoints_run_on_the_grouped_kernel(checkpoints_dir, name)
     chosen = jax.random.randint(keys[2], (2, 3, 2), 0, count)
     exact = np.asarray(experts(x.astype(jnp.float32), weights, chosen))
     assert nn.prepack(loaded.model) > 0
+    if name.startswith("gpt_oss"):
+        assert experts.gate_up_proj.weight.get_value().format.storage == "wgmma8_pairs"
     with testing.interpret(), simulate_gpu(), require_kernels():
         y = experts(x, weights, chosen)
     assert y.dtype == x.dtype

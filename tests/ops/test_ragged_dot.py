@@ -10,7 +10,7 @@ import pytest
 import qjax
 from qjax import testing
 from qjax.formats import ActivationFormat, qformat
-from qjax.ops import gated_ragged_dot, ragged_dot
+from qjax.ops import GatedActivation, gated_ragged_dot, ragged_dot
 from qjax.ops._dispatch import simulate_gpu
 from qjax.quantization import quantize, quantize_activation
 
@@ -167,6 +167,50 @@ def test_why_experts_have_no_kernel():
         with simulate_gpu(), pytest.raises(ValueError, match=f"ragged_dot: .*{word}"):
             args = args | dict(implementation="pallas_mosaic_gpu")
             ragged_dot(x, w, jnp.asarray(SIZES), **args)
+
+
+CLAMPED = GatedActivation(alpha=1.702, offset=1.0, limit=1.5)
+
+
+@pytest.mark.parametrize("inputs", [None, "fp8_e4m3_channel"])
+def test_alternating_experts_meet_one_kernel(inputs):
+    n, k, rows = 64, 256, 17
+    keys = jax.random.split(jax.random.key(8), 4)
+    lhs = jax.random.normal(keys[0], (rows, k)).astype(jnp.bfloat16)
+    w = quantize((jax.random.normal(keys[1], (E, 2 * n, k)) / 8).astype(jnp.bfloat16), "mxfp4")
+    bias = jax.random.normal(keys[2], (E, 2 * n)).astype(jnp.bfloat16)
+    cotangent = jax.random.normal(keys[3], (rows, n))
+    options = dict(
+        activation=CLAMPED, activation_format=inputs and ActivationFormat(qformat(inputs))
+    )
+    sizes = jnp.asarray(SIZES)
+    products = _loop(lhs, w.dequantize(), bias)
+    if inputs:
+        codes = quantize_activation(lhs, options["activation_format"])
+        products = _loop(codes.dequantize(jnp.float32), w.dequantize(), bias)
+    gate, up = np.minimum(products[:, ::2], 1.5), np.clip(products[:, 1::2], -1.5, 1.5)
+    expected = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+
+    def loss(x, bias, w):
+        y = gated_ragged_dot(x, w, None, sizes, bias=bias, **options)
+        return jnp.sum(y.astype(jnp.float32) * cotangent)
+
+    gradients = jax.grad(loss, (0, 1))(lhs, bias, w)
+    packed = qjax.prepack(w, pairs=True)
+    assert packed.format.storage == "wgmma8_pairs"
+    np.testing.assert_array_equal(packed.dequantize(), w.dequantize())
+    with testing.interpret(), simulate_gpu(), qjax.require_kernels():
+        y = gated_ragged_dot(lhs, packed, None, sizes, bias=bias, **options)
+        found = jax.grad(loss, (0, 1))(lhs, bias, packed)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-7)
+    for one, other in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(
+            one.astype(jnp.float32), other.astype(jnp.float32), rtol=2**-6, atol=2**-4
+        )
+    plain = gated_ragged_dot(lhs.astype(jnp.float32), w, None, sizes, bias=bias, **options)
+    np.testing.assert_allclose(plain, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="pass up=None"):
+        gated_ragged_dot(lhs, w, w, sizes, bias=bias)
 
 
 @pytest.mark.parametrize("format", ["mxfp4", BF16_SCALES])
