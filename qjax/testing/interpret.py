@@ -1,8 +1,8 @@
 """Mosaic GPU's interpret mode on the CPU, completed by what mixed-input kernels need.
 
-JAX 0.11.2's interpreter refuses two things that run on the GPU: ``wgmma`` with its left operand in registers,
-and ``inline_mgpu`` that returns a value. While `interpret` is active, the first is computed with numpy, and the
-second calls the function's ``interpret_impl`` attribute, a jax.numpy reference of the inlined PTX that gets
+JAX 0.11.2's interpreter refuses three things that run on the GPU: ``wgmma`` with its left operand in registers,
+TMA that adds to device memory, and ``inline_mgpu`` that returns a value. While `interpret` is active, the first
+two are computed with numpy, and the third calls the function's ``interpret_impl`` attribute, a jax.numpy reference of the inlined PTX that gets
 the values of the arguments, those of references included. If the PTX writes to references, the function's
 ``interpret_writes`` has their indices, and the reference returns their new values after its other results.
 
@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _Interpreter = jaxpr_interpret.JaxprInterpreter
 _interpret_wgmma = _Interpreter._interpret_wgmma_ref_p
 _interpret_inline = _Interpreter._interpret_inline_mgpu_p
+_copy_smem_to_gmem = gpu_callbacks.copy_smem_to_gmem
 
 
 @contextlib.contextmanager
@@ -46,6 +47,7 @@ def interpret(*, detect_races: bool = True) -> Iterator[None]:
     """
     _Interpreter._interpret_wgmma_ref_p = _interpret_wgmma_or_register
     _Interpreter._interpret_inline_mgpu_p = _interpret_inline_reference
+    gpu_callbacks.copy_smem_to_gmem = _copy_or_add_smem_to_gmem
     try:
         with plgpu.force_gpu_interpret_mode(
             plgpu.InterpretGPUParams(detect_races=detect_races, out_of_bounds_reads="raise")
@@ -58,6 +60,7 @@ def interpret(*, detect_races: bool = True) -> Iterator[None]:
     finally:
         _Interpreter._interpret_wgmma_ref_p = _interpret_wgmma
         _Interpreter._interpret_inline_mgpu_p = _interpret_inline
+        gpu_callbacks.copy_smem_to_gmem = _copy_smem_to_gmem
         # After an exception the interpreter's shared state would break every later kernel.
         reset_gpu_interpret_mode_state()
 
@@ -119,6 +122,50 @@ def _multiply_register(
     assert rhs is not None and total is not None, "an operand of wgmma lies outside its memory"
     total = total + np.matmul(np.asarray(lhs), rhs, dtype=total.dtype)
     memory.store_buffer_content(*target, total, thread, logging_info=info)
+    return token
+
+
+class _Addition(gpu_callbacks.AsyncCopySmemToGmemTask):
+    """A TMA store that adds to what is there."""
+
+    def __call__(self, tma_thread_id: int):
+        memory = gpu_callbacks._get_shared_memory()
+        self.pre_read(tma_thread_id, memory)
+        source = (self.src_allocation_key, self.src_access)
+        info = self.logging_info
+        values, *_ = memory.get_buffer_content(*source, self.thread, logging_info=info)
+        self.post_read(tma_thread_id, memory)
+        extent = tuple(memory.buffer_shape_and_dtype(self.dst_allocation_key).shape)
+        inside = gpu_callbacks._clip_store_to_shape(self.dst_access, values, extent)
+        if inside is not None:
+            target, values = (self.dst_allocation_key, inside[0]), inside[1]
+            before, *_ = memory.get_buffer_content(*target, self.thread, logging_info=info)
+            memory.store_buffer_content(*target, before + values, self.thread, logging_info=info)
+        self.post_write(tma_thread_id, memory)
+
+
+@gpu_callbacks.fail_on_exception
+def _copy_or_add_smem_to_gmem(*, token, thread, reduction_op, **arguments):
+    if reduction_op is None:
+        return _copy_smem_to_gmem(token=token, thread=thread, reduction_op=None, **arguments)
+    assert reduction_op == "add" and arguments["predicate"] is None
+    memory = gpu_callbacks._get_shared_memory()
+    places = {}
+    for name in ("src", "dst"):
+        key = gpu_callbacks.HostAllocationKey.from_array(
+            arguments[f"{name}_allocation_key_as_array"]
+        )
+        transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{name}_transforms"])
+        places[f"{name}_allocation_key"] = key
+        places[f"{name}_access"] = memory.access(key, jax.tree.map(int, transforms))
+    task = _Addition(
+        mesh_location=arguments["mesh_location"],
+        thread=thread,
+        source_info=arguments["source_info"],
+        clock=memory.incr_clock(thread) if memory.detect_races else None,
+        **places,
+    )
+    memory.execute_async_task(task)
     return token
 
 
