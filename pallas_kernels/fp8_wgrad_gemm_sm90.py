@@ -97,7 +97,9 @@ def unsupported_reason(
     if out_dtype not in OUT_DTYPES:
         return f"the output must be one of {OUT_DTYPES}; found {out_dtype}"
     if min(n, k, tokens) < 1 or tokens % 16:
-        return f"tokens must be a multiple of 16, which TMA moves; found N={n}, K={k}, {tokens} tokens"
+        return (
+            f"tokens must be a multiple of 16, which TMA moves; found N={n}, K={k}, {tokens} tokens"
+        )
     if k % 8:
         return f"K must be a multiple of 8, whole 16 bytes of the output; found K={k}"
     return None

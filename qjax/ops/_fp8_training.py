@@ -2,11 +2,17 @@
 
 The recipe of the DeepSeek-V3 report, section 3.3: activations and gradients with a scale for each row and 128
 columns of what a product sums over, weights with one for each 128x128 block, float32 sums.
+
+On a GPU the forward pass and the input's gradient run on `fp8_block_gemm`, the latter on the transposed codes of
+the forward pass's weight. The weight's gradient sums over tokens, so it needs both operands quantized along them
+and transposed: where the kernels are asked for, `fp8_quantize_both_axes` writes those beside the codes of the
+other two products in one read, `fp8_wgrad_gemm` multiplies them, and of x only its transposed codes are kept for
+the backward pass, half the bytes of 16-bit activations. Elsewhere XLA multiplies the dequantized values.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +20,20 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from qjax.formats import ActivationFormat, qformat
+from qjax.ops._dispatch import choose, device_reason, num_sms
 from qjax.ops._dot import dot
+from qjax.ops._quantized_input import QuantizedInput
+from qjax.pallas_kernels import fp8_quantize_both_axes_sm90, fp8_wgrad_gemm_sm90
 from qjax.qarray import QArray
 from qjax.quantization import quantize, quantize_activation
 
 GRADIENT_ELEMENTS = ("float8_e4m3fn", "float8_e5m2")
 _AMAX_MIN = 1e-4  # of activations, as the published inference code has it; gradients are smaller
 _E4M3 = qformat("fp8_e4m3_1x128")
+_INPUTS = ActivationFormat(_E4M3, amax_min=_AMAX_MIN)
+
+# The kernels of the weight gradient are taken where they are asked for: no GPU has timed them yet.
+WEIGHT_GRADIENT_KERNELS_BY_DEFAULT = False
 
 
 def fp8_dot(
@@ -41,13 +54,15 @@ def fp8_dot(
         w: Weight [N, K], usually float32.
         gradient_element: FP8 element of dy: "float8_e4m3fn" (DeepSeek-V3) or "float8_e5m2".
         out_dtype: Result's dtype; default x's.
-        implementation: See `qjax.ops.dot`; the weight gradient's product has no kernel and runs through XLA.
+        implementation: "pallas_mosaic_gpu", "xla", or None: kernels for the result and dx where there are some,
+            XLA for dw.
 
     Returns:
         [..., N].
 
     Raises:
-        ValueError: If the shapes disagree or the element is unknown.
+        ValueError: If the shapes disagree or the element is unknown, or the implementation asked for can't take
+            the arguments; of dw's kernels that shows when the product is differentiated.
     """
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[-1]:
         raise ValueError(
@@ -58,39 +73,95 @@ def fp8_dot(
             f"fp8_dot: gradient_element must be one of {GRADIENT_ELEMENTS}; found {gradient_element!r}"
         )
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype).name
-    y: Any = _product((gradient_element, out, implementation), x.reshape(-1, x.shape[-1]), w)
+    static = _Static(gradient_element, out, implementation)
+    y: Any = _product(static, x.reshape(-1, x.shape[-1]), w)
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
+def weight_gradient_reason(x: Array, w: Array, *, out_dtype: DTypeLike) -> str | None:
+    """Why no kernels compute dw of x [T, K] and w [N, K] on the default device, None if they do."""
+    (tokens, k), n = x.shape, w.shape[0]
+    quantizer, product = fp8_quantize_both_axes_sm90, fp8_wgrad_gemm_sm90
+    return (
+        device_reason("9.0")
+        or quantizer.unsupported_reason(tokens, k, x_dtype=x.dtype)
+        or quantizer.unsupported_reason(tokens, n, x_dtype=out_dtype)
+        or product.unsupported_reason(n, k, quantizer.padded_tokens(tokens))
+    )
+
+
+class _Static(NamedTuple):
+    """What a product's trace depends on beside its arrays."""
+
+    gradient_element: str
+    out_dtype: str
+    implementation: str | None
+
+    def by_kernels(self, x: Array, w: Array) -> bool:
+        """Whether kernels compute dw."""
+        if self.implementation is None and not WEIGHT_GRADIENT_KERNELS_BY_DEFAULT:
+            return False
+        reason = weight_gradient_reason(x, w, out_dtype=self.out_dtype)
+        return choose("fp8_dot", self.implementation, reason) == "pallas_mosaic_gpu"
+
+
+class _Transposed(NamedTuple):
+    """Codes [K, T''] and scales [T''/128, K''] of what `fp8_quantize_both_axes` transposed."""
+
+    codes: Array
+    scale: Array
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static, x, w):
-    return _forward(static, x, w)[0]
+def _product(static: _Static, x, w):
+    return _multiply(static, x, _quantized_weight(w), _INPUTS, static.out_dtype)
 
 
-def _forward(static, x, w):
-    _, out_dtype, implementation = static
-    packed = quantize(w.astype(jnp.float32), "fp8_e4m3_128x128")
-    inputs = ActivationFormat(_E4M3, amax_min=_AMAX_MIN)
-    y = dot(x, packed, activation_format=inputs, out_dtype=out_dtype, implementation=implementation)
-    return y, (x, packed, jnp.zeros((0,), w.dtype))
+def _quantized_weight(w: Array) -> QArray:
+    return quantize(w.astype(jnp.float32), "fp8_e4m3_128x128")
 
 
-def _backward(static, residuals, dy):
-    gradient_element, _, implementation = static
-    x, packed, w_like = residuals
-    gradients = ActivationFormat(dataclasses.replace(_E4M3, element=gradient_element))
+def _multiply(static: _Static, x, w: QArray, activation, out_dtype) -> Array:
+    return dot(
+        x,
+        w,
+        activation_format=activation,
+        out_dtype=out_dtype,
+        implementation=static.implementation,
+    )
+
+
+def _both_ways(x: Array, activation: ActivationFormat) -> tuple[QuantizedInput, _Transposed]:
+    codes, scale, *transposed = fp8_quantize_both_axes_sm90.fp8_quantize_both_axes(
+        x, dtype=activation.format.element, amax_min=activation.amax_min
+    )
+    return QuantizedInput(jnp.zeros_like(x), codes, scale, activation), _Transposed(*transposed)
+
+
+def _forward(static: _Static, x, w):
+    packed, kept, operand = _quantized_weight(w), x, x
+    if static.by_kernels(x, w):
+        operand, kept = _both_ways(x, _INPUTS)
+    y = _multiply(static, operand, packed, _INPUTS, static.out_dtype)
+    return y, (kept, packed, jnp.zeros((0,), x.dtype), jnp.zeros((0,), w.dtype))
+
+
+def _backward(static: _Static, residuals, dy):
+    x, packed, x_like, w_like = residuals
+    gradients = ActivationFormat(dataclasses.replace(_E4M3, element=static.gradient_element))
     transposed = QArray.from_parts(
         packed.format, packed.qvalue.T, packed.scale.T, dtype=packed.dtype
     )
-    dx = dot(
-        dy,
-        transposed,
-        activation_format=gradients,
-        out_dtype=x.dtype,
-        implementation=implementation,
-    )
-    columns = quantize_activation(x.T, ActivationFormat(_E4M3, amax_min=_AMAX_MIN))
-    dw = dot(quantize_activation(dy.T, gradients), columns, out_dtype=jnp.float32)
+    if isinstance(x, _Transposed):
+        operand, dy_transposed = _both_ways(dy, gradients)
+        dw = fp8_wgrad_gemm_sm90.fp8_wgrad_gemm(
+            dy_transposed.codes, dy_transposed.scale, x.codes, x.scale, num_sms=num_sms()
+        )
+    else:
+        operand = dy
+        columns = quantize_activation(x.T, _INPUTS)
+        dw = dot(quantize_activation(dy.T, gradients), columns, out_dtype=jnp.float32)
+    dx = _multiply(static, operand, transposed, gradients, x_like.dtype)
     return dx, dw.astype(w_like.dtype)
 
 

@@ -2,9 +2,10 @@
 
 JAX 0.11.2's interpreter refuses three things that run on the GPU: ``wgmma`` with its left operand in registers,
 TMA that adds to device memory, and ``inline_mgpu`` that returns a value. While `interpret` is active, the first
-two are computed with numpy, and the third calls the function's ``interpret_impl`` attribute, a jax.numpy reference of the inlined PTX that gets
-the values of the arguments, those of references included. If the PTX writes to references, the function's
-``interpret_writes`` has their indices, and the reference returns their new values after its other results.
+two are computed with numpy, and the third calls the function's ``interpret_impl`` attribute, a jax.numpy reference
+of the inlined PTX that gets the values of the arguments, those of references included. If the PTX writes to
+references, the function's ``interpret_writes`` has their indices, and the reference returns their new values
+after its other results.
 
 The interpreter executes wgmma at once, so a missing ``wgmma_wait`` is not caught here, and it checks no register
 layouts; `qjax.testing.lower_for_gpu` and `ptxas_reports` check those.

@@ -56,8 +56,8 @@ def relative_error(out, expected):
 
 # Tiles that are cut on every side, tokens of every remainder, several tiles a worker, fewer blocks than stages.
 CASES = [
-    ((300, 264, 1000), WgradTileConfig(sub=2, columns=128, stages=2), (E4M3, E4M3), "float32"),
-    ((200, 200, 400), WgradTileConfig(sub=1, columns=128, stages=3), (E5M2, E4M3), "float32"),
+    ((300, 200, 600), WgradTileConfig(sub=2, columns=128, stages=2), (E4M3, E4M3), "float32"),
+    ((120, 200, 400), WgradTileConfig(sub=1, columns=128, stages=3), (E5M2, E4M3), "float32"),
     ((129, 136, 272), WgradTileConfig(sub=1, columns=64, stages=2), (E4M3, E5M2), "bfloat16"),
     ((57, 72, 5), WgradTileConfig(sub=2, columns=128, stages=3), (E5M2, E4M3), "bfloat16"),
 ]
@@ -106,7 +106,9 @@ def test_chosen_tiles_fit_and_depend_on_the_size():
     for n, k in LLAMA:
         config = choose_tiles(n, k, 4096, num_sms=132)
         assert (config.rows, config.columns) == (256, 128)
-    assert choose_tiles(1024, 1024, 4096, num_sms=132).rows == 128  # 32 large tiles would leave SMs idle
+    assert (
+        choose_tiles(1024, 1024, 4096, num_sms=132).rows == 128
+    )  # 32 large tiles would leave SMs idle
 
 
 def structs(n, k, tokens, dtypes=(E4M3, E4M3)):
@@ -141,7 +143,9 @@ def test_bad_arguments_are_named():
         fp8_wgrad_gemm(left[:, :200], left_scale, right[:, :200], right_scale)
     with pytest.raises(ValueError, match="K must be a multiple of 8"):
         fp8_wgrad_gemm(left, left_scale, right[:60], right_scale)
-    with pytest.raises(ValueError, match=r"right_scale must be float32 \[2, R\], R a multiple of 4"):
+    with pytest.raises(
+        ValueError, match=r"right_scale must be float32 \[2, R\], R a multiple of 4"
+    ):
         fp8_wgrad_gemm(left, left_scale, right, right_scale.T)
     with pytest.raises(ValueError, match=r"accumulator must be float32 \[64, 64\]"):
         fp8_wgrad_gemm(*args, accumulator=jnp.zeros((64, 64)), out_dtype="bfloat16")
