@@ -128,6 +128,14 @@ def _forward(static, x, w, bias, activation_scale, operand):
 
 
 def _backward(static, residuals, g):
+    """dx = g @ w on weights of 16 bits that XLA writes first, and the bias's gradient.
+
+    There is no kernel for it, because writing them costs little where gradients are wanted. XLA does it in one fusion:
+    1 byte of an FP8 code read and 2 written, then 2 read again by a product that it runs at its full rate. At an
+    H200's 4.3 TB/s the fusion's 3 bytes take 0.7 ps a weight. The product takes 2 * M FLOP a weight, 10.2 ps at
+    M = 4096 tokens and 800 TFLOP/s: 7% of overhead, 3% at 8192. A kernel that dequantizes in registers could save
+    no more. It would read the storage transposed: what is summed over, N, is not what lies contiguous.
+    """
     w, (x_like, bias_like) = residuals
     # Values of 16 bits, summed in float32: what a product with an unquantized weight would get.
     dx = jax.lax.dot_general(
