@@ -22,6 +22,12 @@ LLAMA = (  # N, K of q/k/v together, o, gate and up together, down
 TOKENS = (4096, 8192)
 GRADIENT = jnp.float8_e5m2
 
+PRODUCTS = tuple(
+    (t, n, k, backward) for t in TOKENS for n, k in LLAMA for backward in (False, True)
+)
+WGRADS = tuple((t, n, k, add) for t in TOKENS for n, k in LLAMA for add in (False, True))
+QUANTIZED = tuple((t, n) for t in TOKENS for n in sorted({n for nk in LLAMA for n in nk}))
+
 
 @jax.jit
 def relative_error(out: jax.Array, expected: jax.Array) -> jax.Array:
@@ -47,7 +53,7 @@ def float32_product(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum("mk,nk->mn", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-def product_case(tokens: int, n: int, k: int, *, backward: bool) -> dict:
+def product_case(tokens: int, n: int, k: int, backward: bool) -> dict:
     """A benchmark case of the forward pass (x @ w.T) or the input's gradient (dy @ w, dy in e5m2), random data."""
     keys = jax.random.split(jax.random.key(tokens + n + k), 3)
     rows, depth = (k, n) if backward else (n, k)
@@ -78,7 +84,7 @@ def product_case(tokens: int, n: int, k: int, *, backward: bool) -> dict:
 
 
 def wgrad_case(
-    tokens: int, n: int, k: int, *, add: bool = False, config: WgradTileConfig | None = None
+    tokens: int, n: int, k: int, add: bool = False, config: WgradTileConfig | None = None
 ) -> dict:
     """A benchmark case of the weight's gradient in float32, gradients in e5m2; with `add`, added to another one."""
     keys = jax.random.split(jax.random.key(tokens + n + k), 3)
@@ -134,18 +140,3 @@ def quantize_case(tokens: int, n: int) -> dict:
         nbytes=4.0 * tokens * n + 8 * tokens * n / 128,
         unit="copy",
     )
-
-
-def makers(op: str) -> list:
-    """Functions that make the cases of an op: "fp8_training_gemm", "fp8_wgrad_gemm" or "fp8_quantize_both_axes"."""
-    if op == "fp8_quantize_both_axes":
-        widths = sorted({size for nk in LLAMA for size in nk})
-        return [functools.partial(quantize_case, t, n) for t in TOKENS for n in widths]
-    shapes = [(t, n, k) for t in TOKENS for n, k in LLAMA]
-    if op == "fp8_wgrad_gemm":
-        return [functools.partial(wgrad_case, *s, add=add) for s in shapes for add in (False, True)]
-    return [
-        functools.partial(product_case, *s, backward=backward)
-        for s in shapes
-        for backward in (False, True)
-    ]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import _bench_fp8_grouped_gemm as grouped
+import _bench_fp8_training as training
 import _bench_mixed_gemm as mixed
 import _bench_mixed_grouped_gemm as experts
 import _bench_prefill_attention as prefill
@@ -273,6 +274,9 @@ def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
         ],
         "prefill_attention": made(prefill.dense_case, prefill.DENSE),
         "paged_prefill_attention": made(prefill.paged_case, prefill.PAGED),
+        "fp8_training_gemm": made(training.product_case, training.PRODUCTS),
+        "fp8_wgrad_gemm": made(training.wgrad_case, training.WGRADS),
+        "fp8_quantize_both_axes": made(training.quantize_case, training.QUANTIZED),
         "fp8_quantize_1x128": quantizer("fp8_quantize_1x128"),
         "fp8_quantize_per_token": quantizer("fp8_quantize_per_token"),
     }

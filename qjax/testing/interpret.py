@@ -135,6 +135,7 @@ class _Addition(gpu_callbacks.AsyncCopySmemToGmemTask):
         source = (self.src_allocation_key, self.src_access)
         info = self.logging_info
         values, *_ = memory.get_buffer_content(*source, self.thread, logging_info=info)
+        assert values is not None, "a TMA store reads outside of shared memory"
         self.post_read(tma_thread_id, memory)
         extent = tuple(memory.buffer_shape_and_dtype(self.dst_allocation_key).shape)
         inside = gpu_callbacks._clip_store_to_shape(self.dst_access, values, extent)
@@ -146,10 +147,10 @@ class _Addition(gpu_callbacks.AsyncCopySmemToGmemTask):
 
 
 @gpu_callbacks.fail_on_exception
-def _copy_or_add_smem_to_gmem(*, token, thread, reduction_op, **arguments):
-    if reduction_op is None:
-        return _copy_smem_to_gmem(token=token, thread=thread, reduction_op=None, **arguments)
-    assert reduction_op == "add" and arguments["predicate"] is None
+def _copy_or_add_smem_to_gmem(*, token, thread, **arguments):
+    if arguments["reduction_op"] is None:
+        return _copy_smem_to_gmem(token=token, thread=thread, **arguments)
+    assert arguments["reduction_op"] == "add" and arguments["predicate"] is None
     memory = gpu_callbacks._get_shared_memory()
     places = {}
     for name in ("src", "dst"):

@@ -61,6 +61,23 @@ def test_a_record_of_experts(gated, on_cpu):
     assert record.tflops == pytest.approx(2 * (1 + gated) * 6 * 64 * 128 / 10 * 1e-6)
 
 
+def test_records_of_training(on_cpu):
+    sizes = (32, 64, 128)
+    cases = [
+        bench.training.product_case(*sizes, backward=True),
+        bench.training.wgrad_case(*sizes, add=True),
+        bench.training.quantize_case(32, 64),
+    ]
+    with testing.interpret(detect_races=False):
+        records = [bench.measure(bench.Case(**c), CEILINGS, {}, STAMP, calls=3) for c in cases]
+    product, wgrad, quantizer = records
+    assert max(product.error, wgrad.error) <= 2e-3
+    assert wgrad.tflops == product.tflops == pytest.approx(2 * 32 * 64 * 128 / 10 * 1e-6)
+    scales = 4 * (64 + 128)
+    assert wgrad.gb_s == pytest.approx((32 * (64 + 128) + scales + 8 * 64 * 128) / 10 * 1e-3)
+    assert 0.01 < quantizer.error < 0.03
+
+
 @pytest.mark.parametrize("op", ["fp8_quantize_1x128", "fp8_quantize_per_token"])
 def test_a_quantizers_record(op, on_cpu):
     with testing.interpret(detect_races=False):
