@@ -15,6 +15,9 @@ from jaxlib.mlir.dialects import llvm, vector
 
 from qjax.wgmma_layout import BLOCK
 
+MINUS_ONES = "0xBF80BF80"
+"""Two bfloat16 numbers."""
+
 # 128 + u and 1024 + u are the numbers whose bits end in u.
 _BIAS = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 
@@ -25,7 +28,14 @@ def bias_of(dtype: DTypeLike) -> float:
 
 
 def dequantize(
-    words: Array, dtype: DTypeLike, offset: Array | None, *, first: int, width: int, zero: int = 0
+    words: Array,
+    dtype: DTypeLike,
+    offset: Array | None,
+    *,
+    first: int,
+    width: int,
+    zero: int = 0,
+    ampere: bool = False,
 ) -> Array:
     """Differences q - zero_point as 16-bit floats.
 
@@ -37,6 +47,7 @@ def dequantize(
         first: First column wanted, a multiple of 16.
         width: Columns wanted, a multiple of 16.
         zero: The zero point of all weights, where `offset` is None.
+        ampere: Whether to use no instruction that compute capability 8.0 lacks.
 
     Returns:
         [64, width] in ``Layout.WGMMA``.
@@ -45,7 +56,7 @@ def dequantize(
 
     def emit(ctx, words, *offset):
         del ctx
-        return _emit_dequantize(words, offset, first, shape, dtype, zero)
+        return _emit_dequantize(words, offset, first, shape, dtype, zero, ampere)
 
     def reference(words, *offset):
         w = lax.bitcast_convert_type(words.reshape(-1, 4, 8, 4, 4), jnp.uint32)
@@ -71,17 +82,27 @@ def dequantize(
     )(emit)(words, *offsets)
 
 
-def _emit_dequantize(words, offset, first: int, shape, dtype, zero: int) -> fa.FragmentedArray:
+def subtraction(dtype: DTypeLike, target: str, a: str, b: str, *, ampere: bool) -> str:
+    """PTX of target = a - b in pairs of 16-bit floats, rounded once; c must hold `MINUS_ONES`."""
+    if jnp.dtype(dtype) == jnp.float16:
+        return f"sub.f16x2 {target}, {a}, {b};"
+    if ampere:  # sub.bf16x2 is of compute capability 9.0
+        return f"fma.rn.bf16x2 {target}, {b}, c, {a};"
+    return f"sub.rn.bf16x2 {target}, {a}, {b};"
+
+
+def _emit_dequantize(
+    words, offset, first: int, shape, dtype, zero: int, ampere: bool
+) -> fa.FragmentedArray:
     bits, _ = _BIAS[dtype.name]
-    subtract = "sub.rn.bf16x2" if dtype == jnp.bfloat16 else "sub.f16x2"
     i32 = ir.IntegerType.get_signless(32)
     element = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
     pair = ir.VectorType.get((2,), element)
-    lines = ["{", ".reg .b32 t<4>;", "mov.b32 t0, $4;"]
+    lines = ["{", ".reg .b32 t<4>, c;", f"mov.b32 c, {MINUS_ONES};", "mov.b32 t0, $4;"]
     lines += [f"shr.b32 t{i}, $4, {4 * i};" for i in (1, 2, 3)]
     for i in range(4):  # register i: 8 columns i / 2, row half i % 2
         lines.append(f"lop3.b32 t{i}, t{i}, 0x000F000F, {bits * 0x10001:#x}, 0xEA;")  # (a & b) | c
-        lines.append(f"{subtract} ${i}, t{i}, ${5 + i % 2};")
+        lines.append(subtraction(dtype, f"${i}", f"t{i}", f"${5 + i % 2}", ampere=ampere))
     ptx = "\n".join([*lines, "}"])
     symmetric = int(np.asarray(bias_of(dtype) + zero, dtype).view(np.uint16)) * 0x10001
     offsets = [llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, symmetric)).result] * 2

@@ -36,6 +36,7 @@ ELEMENTS = {
 UNITS = {2: 64, 4: 64, 8: 32}
 """Columns of 64 rows whose codes a thread loads at once, by the codes' bits."""
 
+_MINUS_ZEROS = "0x80008000"
 _AND_OR, _AND_XOR = "0xEA", "0x6A"  # lop3 of a, b, c: (a & b) | c and (a & b) ^ c
 # Left shift of a code's bits below the sign from bit 0, and the power of two that the result lacks.
 _FLOATS = {
@@ -70,6 +71,7 @@ def dequantize(
     first: int,
     width: int,
     zero: int = 0,
+    ampere: bool = False,
 ) -> Array:
     """Differences q - zero_point, or the values of floating codes, as 16-bit floats.
 
@@ -82,6 +84,7 @@ def dequantize(
         first: First column wanted, a multiple of 16.
         width: Columns wanted, a multiple of 16.
         zero: The zero point of all integers, where `zero_point` is None.
+        ampere: Whether to use no instruction that compute capability 8.0 lacks.
 
     Returns:
         [64, width] in ``Layout.WGMMA``.
@@ -91,12 +94,14 @@ def dequantize(
     if zero_point is not None:
         offset = (zero_point + bias_of(element, dtype)).astype(dtype)
     if element == "int4":
-        return int4.dequantize(words, dtype, offset, first=first, width=width, zero=zero)
+        return int4.dequantize(
+            words, dtype, offset, first=first, width=width, zero=zero, ampere=ampere
+        )
     bits, shape = ELEMENTS[element], (BLOCK, width)
 
     def emit(ctx, words, *offset):
         del ctx
-        return _emit(words, offset, element, first, shape, dtype, zero)
+        return _emit(words, offset, element, first, shape, dtype, zero, ampere)
 
     def reference(words, *offset):
         if bits == 8:  # two units are a block
@@ -132,7 +137,9 @@ def dequantize(
     )(emit)(words, *offsets)
 
 
-def _emit(words, offset, element: str, first: int, shape, dtype, zero: int) -> fa.FragmentedArray:
+def _emit(
+    words, offset, element: str, first: int, shape, dtype, zero: int, ampere: bool
+) -> fa.FragmentedArray:
     bits = ELEMENTS[element]
     i32 = ir.IntegerType.get_signless(32)
     pair = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
@@ -155,15 +162,20 @@ def _emit(words, offset, element: str, first: int, shape, dtype, zero: int) -> f
         unit, group = divmod(first // 16 + j, UNITS[bits] // 16)
         if bits == 2:
             codes = [vector.extract(registers[unit], [], [group // 2])]
-            ptx = _two_bits(8 * (group % 2), dtype)
+            ptx = _two_bits(8 * (group % 2), dtype, ampere)
         elif bits == 4:
             codes = [vector.extract(registers[unit], [], [group])]
-            ptx = _float4(element, dtype)
+            ptx = _float4(element, dtype, ampere)
         else:
             codes = [vector.extract(registers[unit], [], [2 * group + h]) for h in (0, 1)]
-            ptx = _integers(dtype, subtracts) if element == "int8" else _float8(element, dtype)
+            if element == "int8":
+                ptx = _integers(dtype, subtracts, ampere)
+            else:
+                ptx = _float8(element, dtype, ampere)
         inputs = [*codes, *constants]
-        text = "\n".join(["{", ".reg .b32 t, u;", *ptx, "}"])
+        # What fused multiply-adds multiply by or add.
+        constant = int4.MINUS_ONES if element.startswith("int") else _MINUS_ZEROS
+        text = "\n".join(["{", ".reg .b32 t, u, c;", f"mov.b32 c, {constant};", *ptx, "}"])
         constraints = ",".join(["=&r"] * 4 + ["r"] * len(inputs))
         results = llvm.inline_asm(llvm.StructType.get_literal([i32] * 4), inputs, text, constraints)
         for i in range(4):  # register i: 8 columns i / 2, row half i % 2
@@ -172,22 +184,18 @@ def _emit(words, offset, element: str, first: int, shape, dtype, zero: int) -> f
     return fa.FragmentedArray(_registers=out, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
 
-def _subtract(dtype) -> str:
-    return "sub.rn.bf16x2" if dtype == jnp.bfloat16 else "sub.f16x2"
-
-
-def _two_bits(shift: int, dtype) -> list[str]:
+def _two_bits(shift: int, dtype, ampere: bool) -> list[str]:
     """Outputs $0 to $3 of the word $4 and the offsets $5, $6 of the row halves."""
     number = "0x43004300" if dtype == jnp.bfloat16 else "0x64006400"
     lines = []
     for i in range(4):
         lines.append(f"shr.b32 t, $4, {shift + 2 * i};")
         lines.append(f"lop3.b32 t, t, 0x00030003, {number}, {_AND_OR};")
-        lines.append(f"{_subtract(dtype)} ${i}, t, ${5 + i % 2};")
+        lines.append(int4.subtraction(dtype, f"${i}", "t", f"${5 + i % 2}", ampere=ampere))
     return lines
 
 
-def _integers(dtype, subtracts: bool) -> list[str]:
+def _integers(dtype, subtracts: bool, ampere: bool) -> list[str]:
     """Outputs $0 to $3 of the words $4, $5 and the offsets $6, $7 of the row halves."""
     lines = []
     for i in range(4):
@@ -201,13 +209,14 @@ def _integers(dtype, subtracts: bool) -> list[str]:
             continue
         lines.append(f"lop3.b32 u, {source}, 0x007F007F, 0x43004300, {_AND_OR};")
         lines.append(f"lop3.b32 t, {source}, 0x00800080, 0x43004300, {_AND_OR};")
-        lines.append(f"sub.rn.bf16x2 ${i}, u, t;")
+        lines.append(int4.subtraction(dtype, f"${i}", "u", "t", ampere=ampere))
         if subtracts:
-            lines.append(f"sub.rn.bf16x2 ${i}, ${i}, ${6 + half};")
+            offset = f"${6 + half}"
+            lines.append(int4.subtraction(dtype, f"${i}", f"${i}", offset, ampere=ampere))
     return lines
 
 
-def _float4(element: str, dtype) -> list[str]:
+def _float4(element: str, dtype, ampere: bool) -> list[str]:
     """Outputs $0 to $3 of the word $4 and the power of two $5."""
     left, _ = _FLOATS[element, dtype.name]
     lines = []
@@ -216,11 +225,11 @@ def _float4(element: str, dtype) -> list[str]:
         if i < 3:  # a code's sign to the top of its half
             lines.append(f"shl.b32 t, $4, {12 - 4 * i};")
             source = "t"
-        lines += _float(source, 12 - left, 7 << left, f"${i}", "$5", dtype)
+        lines += _float(source, 12 - left, 7 << left, f"${i}", "$5", dtype, ampere)
     return lines
 
 
-def _float8(element: str, dtype) -> list[str]:
+def _float8(element: str, dtype, ampere: bool) -> list[str]:
     """Outputs $0 to $3 of the words $4, $5 and the power of two $6."""
     left, _ = _FLOATS[element, dtype.name]
     lines = []
@@ -232,16 +241,21 @@ def _float8(element: str, dtype) -> list[str]:
         if left == 8:  # the code's bits are the float's upper ones
             lines.append(f"and.b32 ${i}, {source}, 0xFF00FF00;")
         else:
-            lines += _float(source, 8 - left, 0x7F << left, f"${i}", "$6", dtype)
+            lines += _float(source, 8 - left, 0x7F << left, f"${i}", "$6", dtype, ampere)
     return lines
 
 
-def _float(source: str, right: int, mask: int, target: str, power: str, dtype) -> list[str]:
+def _float(
+    source: str, right: int, mask: int, target: str, power: str, dtype, ampere: bool
+) -> list[str]:
     """The floats of codes whose signs are where the floats' are, and their other bits `right` bits too high."""
-    multiply = "mul.rn.bf16x2" if dtype == jnp.bfloat16 else "mul.rn.f16x2"
+    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    scaled = f"mul.rn.{kind} {target}, u, {power};"
+    if ampere and kind == "bf16x2":  # mul.bf16x2 is of compute capability 9.0; -0 keeps zeros' signs
+        scaled = f"fma.rn.bf16x2 {target}, u, {power}, c;"
     return [
         f"shr.b32 u, {source}, {right};",
         f"and.b32 u, u, {mask * 0x10001:#x};",
         f"lop3.b32 u, {source}, 0x80008000, u, {_AND_OR};",
-        f"{multiply} {target}, u, {power};",
+        scaled,
     ]

@@ -1,9 +1,10 @@
-"""Full compilation of kernels for Hopper without a GPU: registers, spills and serialized wgmma.
+"""Full compilation of kernels without a GPU: registers, spills and serialized wgmma.
 
-XLA's CUDA compiler runs in a subprocess against a described H200. That needs the `aot` extra: the CUDA plugin,
+XLA's CUDA compiler runs in a subprocess against a described GPU. That needs the `aot` extra: the CUDA plugin,
 ptxas and their libraries, but no driver.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -11,10 +12,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
+
+CAPABILITIES = ("8.0", "8.6", "8.9", "9.0")
+"""Compute capabilities of the GPUs that kernels can be compiled for."""
 
 SEPARATOR = "--- end of function ---\n"
 
@@ -63,12 +68,14 @@ def _missing() -> list[str]:
 def ptxas_reports(
     kernels: Sequence[tuple[Callable, Sequence[jax.Array | jax.ShapeDtypeStruct]]],
     *,
+    capability: str = "9.0",
     timeout: float = 600,
 ) -> list[list[PtxasReport]]:
-    """Compiles functions for an H200 and reports each one's kernels.
+    """Compiles functions for a GPU and reports each one's kernels.
 
     Args:
         kernels: Pairs of a function of arrays and its arguments (arrays or shape structs).
+        capability: The GPU's compute capability, one of `CAPABILITIES`: an A100's, an A10's, an L4's or an H200's.
         timeout: Seconds for all of them together.
 
     Returns:
@@ -77,17 +84,26 @@ def ptxas_reports(
     Raises:
         ModuleNotFoundError: If the `aot` extra is missing.
         RuntimeError: If the compiler fails; the message ends with its output.
+        ValueError: If the compute capability is another.
     """
+    if capability not in CAPABILITIES:
+        raise ValueError(
+            f"ptxas_reports: capability must be one of {CAPABILITIES}; found {capability!r}"
+        )
     if missing := _missing():
         raise ModuleNotFoundError(
             f"compiling without a GPU needs {', '.join(missing)}: pip install 'qjax[aot]'"
         )
     with tempfile.TemporaryDirectory() as folder:
         for i, (fn, args) in enumerate(kernels):
-            exported = jax.export.export(jax.jit(fn), platforms=["cuda"])(*args)
+            with _lowering_for(capability):
+                exported = jax.export.export(jax.jit(fn), platforms=["cuda"])(*args)
             Path(folder, f"{i}.export").write_bytes(exported.serialize())
         result = subprocess.run(
-            [sys.executable, "-m", "qjax.testing._ptxas_worker", folder, str(len(kernels))],
+            [
+                *(sys.executable, "-m", "qjax.testing._ptxas_worker"),
+                *(folder, str(len(kernels)), capability),
+            ],
             env=_environment(),
             capture_output=True,
             text=True,
@@ -99,6 +115,18 @@ def ptxas_reports(
                 f"the GPU compiler failed:\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
             )
     return [parse_ptxas(part) for part in result.stdout.split(SEPARATOR)[:-1]]
+
+
+@contextlib.contextmanager
+def _lowering_for(capability: str) -> Iterator[None]:
+    """Without a GPU Mosaic GPU lowers for compute capability 9.0, whatever is compiled afterwards."""
+    major, minor = capability.split(".")
+    old = mosaic_utils._infer_arch
+    mosaic_utils._infer_arch = lambda: (int(major), int(minor))
+    try:
+        yield
+    finally:
+        mosaic_utils._infer_arch = old
 
 
 def _environment() -> dict[str, str]:
