@@ -209,11 +209,14 @@ def _kernel(
         def row_values(ref):
             return plgpu.load(ref, layout=row_layout, optimized=False).astype(jnp.float32)
 
-        def minimums(minimum_ref, sums_ref):
-            """What the minimums of a group add: their outer product with the sums of x."""
+        def minimums(minimum_ref, sums_ref, counts=None):
+            """What the minimums of a group add, if it counts: their outer product with the sums of x."""
             sums = plgpu.load(sums_ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
             sums = lax.broadcast_in_dim(sums, shape, [1])
-            return spread(row_values(minimum_ref)) * sums
+            values = row_values(minimum_ref)
+            if counts is not None:
+                values = values * lax.select(counts, jnp.float32(1), jnp.float32(0))
+            return spread(values) * sums
 
         def multiply_tile(i, count):
             row, column, begin, end = tile(i)
@@ -230,13 +233,15 @@ def _kernel(
                 part = None
                 for g in range(part_groups):
                     first = g * width
-                    group = k_part * part_groups + g
+                    group, is_first = k_part * part_groups + g, None
                     if width < group_size and grouped:  # parts share a group
                         group = lax.div(k_part, group_size // width)
+                        is_first = lax.rem(k_part, group_size // width) == 0
                     if "minimum" in streams:  # before the product: then each takes one multiply-add
                         total = total + minimums(
                             smem["minimum_smem"].at[slot, mine, group],
                             smem["sums_smem"].at[slot, group, pl.ds(0, config.columns)],
+                            is_first,
                         )
                     zero_point = row_zero
                     if "zero_point" in streams:
