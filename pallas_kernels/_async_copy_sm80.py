@@ -11,9 +11,9 @@ knows the functions by their ``interpret_async``.
 import math
 
 import jax.numpy as jnp
-from jax import Array
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
@@ -26,7 +26,7 @@ SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(SWIZZLE))
 """Transforms of a tile of 16-bit numbers: 8 rows of 64 columns lie together, chunk c of row r at place c ^ r."""
 
 
-def copy_tile(source, target, row: Array, column: Array, *, swizzled: bool = False) -> None:
+def copy_tile(source, target, row: ArrayLike, column: ArrayLike, *, swizzled: bool = False) -> None:
     """Starts a copy of ``source[row : row + rows, column : column + columns]``, zeros past the edges.
 
     Args:
@@ -97,9 +97,7 @@ def _swizzled_place(row: ir.Value, chunk: ir.Value, per_row: int) -> ir.Value:
         arith.muli(arith.divui(row, reg.i32(8)), reg.i32(per_row // 8)),
         arith.divui(chunk, reg.i32(8)),
     )
-    within = arith.addi(
-        arith.muli(inner, reg.i32(SWIZZLE)), arith.muli(turned, reg.i32(CHUNK))
-    )
+    within = arith.addi(arith.muli(inner, reg.i32(SWIZZLE)), arith.muli(turned, reg.i32(CHUNK)))
     return arith.addi(arith.muli(block, reg.i32(8 * SWIZZLE)), within)
 
 

@@ -251,7 +251,9 @@ def _float(
     """The floats of codes whose signs are where the floats' are, and their other bits `right` bits too high."""
     kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
     scaled = f"mul.rn.{kind} {target}, u, {power};"
-    if ampere and kind == "bf16x2":  # mul.bf16x2 is of compute capability 9.0; -0 keeps zeros' signs
+    if (
+        ampere and kind == "bf16x2"
+    ):  # mul.bf16x2 is of compute capability 9.0; -0 keeps zeros' signs
         scaled = f"fma.rn.bf16x2 {target}, u, {power}, c;"
     return [
         f"shr.b32 u, {source}, {right};",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
@@ -116,7 +117,7 @@ class _Fragments:
         return list(found)
 
 
-def store_columns(sums: Array, out, row: Array, column: Array, end: Array) -> None:
+def store_columns(sums: Array, out, row: ArrayLike, column: ArrayLike, end: ArrayLike) -> None:
     """``out[column + j, row + i] = sums[i, j]`` where row + i is within the array and column + j before `end`.
 
     Args:

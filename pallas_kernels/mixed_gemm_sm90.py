@@ -176,11 +176,7 @@ def mixed_gemm(
     Raises:
         ValueError: If shapes or dtypes are not those above, or `unsupported_reason` has a reason.
     """
-    m, k = _check(x, codes, scale, zero_point, minimum, bias, n, group_size, element)
-    if zero and (zero_point is not None or not element.startswith("int")):
-        raise ValueError(
-            f"mixed_gemm: zero must be 0 with {element if zero_point is None else 'zero_point'}; found {zero}"
-        )
+    m, k = check_operands(x, codes, scale, zero_point, minimum, bias, n, group_size, element, zero)
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
     group = k if group_size == k else min(group_size, 128)
     if config is None:
@@ -201,7 +197,7 @@ def mixed_gemm(
         operands["zero_point"] = zero_point
     if minimum is not None:
         operands["minimum"] = minimum
-        operands["sums"] = _group_sums(x, group, max(config.columns, MIN_SUMS))
+        operands["sums"] = group_sums(x, group, max(config.columns, MIN_SUMS))
     if bias is not None:
         padded = jnp.pad(bias.astype(jnp.float32), (0, -n % BLOCK))
         operands["bias"] = padded.reshape(-1, BLOCK)
@@ -210,7 +206,7 @@ def mixed_gemm(
     return launch(operands, (m, n, k), element, group, zero, config, num_sms)
 
 
-def _group_sums(x: Array, group: int, multiple: int) -> Array:
+def group_sums(x: Array, group: int, multiple: int) -> Array:
     """float32 [ceil(K/group), M'], M' the next multiple: each group's columns of x added."""
     m, k = x.shape
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -k % group)))
@@ -250,10 +246,10 @@ def _check_stored(codes, scale, offset, group_size: int, element: str) -> tuple[
     return n, k
 
 
-def _check(
-    x, codes, scale, zero_point, minimum, bias, n: int, group_size: int, element: str
+def check_operands(
+    x, codes, scale, zero_point, minimum, bias, n: int, group_size: int, element: str, zero: int
 ) -> tuple[int, int]:
-    """M and K.
+    """M and K of arguments of `mixed_gemm`.
 
     Raises:
         ValueError: Naming what is wrong.
@@ -280,6 +276,9 @@ def _check(
             raise ValueError(f"mixed_gemm: only integers take a {name}; found {element} codes")
     if bias is not None:
         _expect("bias", bias, (n,), bias.dtype)
+    if zero and (zero_point is not None or not element.startswith("int")):
+        with_what = element if zero_point is None else "zero_point"
+        raise ValueError(f"mixed_gemm: zero must be 0 with {with_what}; found {zero}")
     return m, k
 
 

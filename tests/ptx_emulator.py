@@ -41,9 +41,12 @@ class Emulator:
         assert (where >= 1024).all() and (where < self.used).all(), "outside of its memory"
         return self.memory[where].view(dtype)
 
-    def write(self, address, value: np.ndarray) -> None:
-        raw = np.ascontiguousarray(value[:, None]).view(np.uint8)
-        self.memory[address.astype(np.int64)[:, None] + np.arange(raw.shape[1])] = raw
+    def write(self, address, value: np.ndarray, mask=None) -> None:
+        raw = np.ascontiguousarray(value[:, None]).view(np.uint8).reshape(len(THREADS), -1)
+        where = address.astype(np.int64)[:, None] + np.arange(raw.shape[1])
+        if mask is not None:
+            where, raw = where[mask], raw[mask]
+        self.memory[where] = raw
 
     def run(self, block) -> None:
         for op in block.operations:
@@ -109,6 +112,8 @@ class Emulator:
             case "bitcast" if "vector" in kind:
                 element = dtype_of(ir.VectorType(op.results[0].type).element_type)
                 return [np.ascontiguousarray(x[0]).reshape(128, -1).view(element)]
+            case "bitcast" if kind == "i16":
+                return [np.ascontiguousarray(x[0]).view(np.int16).reshape(128)]
             case "bitcast":
                 return [np.ascontiguousarray(x[0]).view(np.int32).reshape(128)]
             case "builtin.unrealized_conversion_cast":
@@ -163,6 +168,11 @@ class Emulator:
                         for i in range(8)
                     ]
                     found = np.bitwise_or.reduce(terms)
+                case ["fma", *_, "bf16x2"]:
+                    factors = [np.ascontiguousarray(v)[:, None].view(BF16) for v in (a, *others)]
+                    exact = [v.astype(np.float64) for v in factors]
+                    exact = exact[0] * exact[1] + exact[2]
+                    found = exact.astype(BF16).view(np.uint32)[:, 0]
                 case ["sub" | "mul" as operation, *_, pair]:
                     dtype = BF16 if pair == "bf16x2" else F16
                     a, b = (np.ascontiguousarray(v)[:, None].view(dtype) for v in (a, others[0]))
@@ -175,6 +185,16 @@ class Emulator:
         return [registers[f"${i}"].view(np.int32) for i in range(len(outputs))]
 
     def assembly(self, text: str, x) -> object:
+        mask = None
+        if text.startswith("@"):
+            text, mask, x = text.split(" ", 1)[1], np.asarray(x[-1], bool), x[:-1]
+        if text.startswith("cp.async.cg"):
+            target, source, size = x
+            read = np.where(size == 16, source, 1024)  # what is not read may lie anywhere
+            value = np.where((size == 16)[:, None], self.read(read, 4, np.int32), 0)
+            return self.write(target, value.astype(np.int32), mask)
+        if text.startswith("st.global"):
+            return self.write(x[0], x[1], mask)
         if text.startswith("{\n.reg .b32 t"):
             return self.statements(text, x)
         if text.startswith("ldmatrix"):

@@ -5,7 +5,8 @@ TMA that adds to device memory, and ``inline_mgpu`` that returns a value. While 
 two are computed with numpy, and the third calls the function's ``interpret_impl`` attribute, a jax.numpy reference
 of the inlined PTX that gets the values of the arguments, those of references included. If the PTX writes to
 references, the function's ``interpret_writes`` has their indices, and the reference returns their new values
-after its other results.
+after its other results. ``interpret_async`` makes such writes asynchronous copies, see
+`qjax.testing._interpret_copies`.
 
 The interpreter executes wgmma at once, so a missing ``wgmma_wait`` is not caught here, and it checks no register
 layouts; `qjax.testing.lower_for_gpu` and `ptxas_reports` check those.
@@ -26,6 +27,8 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
 from jax._src.state import types as state_types
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qjax.testing import _interpret_copies
+
 _Interpreter = jaxpr_interpret.JaxprInterpreter
 _interpret_wgmma = _Interpreter._interpret_wgmma_ref_p
 _interpret_inline = _Interpreter._interpret_inline_mgpu_p
@@ -44,7 +47,8 @@ def interpret(*, detect_races: bool = True) -> Iterator[None]:
             a later TMA write does not wait for.
 
     Raises:
-        AssertionError: If the body ran and the race detector found something.
+        AssertionError: If the body ran and the race detector found something, or a kernel ended before its
+            asynchronous copies.
     """
     _Interpreter._interpret_wgmma_ref_p = _interpret_wgmma_or_register
     _Interpreter._interpret_inline_mgpu_p = _interpret_inline_reference
@@ -58,7 +62,12 @@ def interpret(*, detect_races: bool = True) -> Iterator[None]:
         races = detect_races and get_races()
         if races and races.races_found:
             raise AssertionError("the kernel has data races; the interpreter printed each of them")
+        if count := _interpret_copies.forget_copies():
+            raise AssertionError(
+                f"the kernel ended with {count} asynchronous copies not waited for"
+            )
     finally:
+        _interpret_copies.forget_copies()
         _Interpreter._interpret_wgmma_ref_p = _interpret_wgmma
         _Interpreter._interpret_inline_mgpu_p = _interpret_inline
         gpu_callbacks.copy_smem_to_gmem = _copy_smem_to_gmem
@@ -199,6 +208,14 @@ def _interpret_inline_reference(self, eqn, token, get_invals):
         references.append(place)
     results = jax.tree.leaves(reference(*jax.tree.unflatten(tree, arguments)))
     writes = getattr(eqn.params["mgpu_fn"], "interpret_writes", ())
+    asynchronous = getattr(eqn.params["mgpu_fn"], "interpret_async", None)
+    if asynchronous is not None and asynchronous != "copy":
+        token = _interpret_copies.commit_or_wait(
+            token, asynchronous, self.mesh_location, self.thread
+        )
     for i, value in zip(writes, results[len(results) - len(writes) :], strict=True):
+        if asynchronous == "copy":
+            token = _interpret_copies.copy(token, value, references[i])
+            continue
         token, _ = gpu_callbacks.call_swap(token=token, val=value, mask=None, **references[i])
     return token, results[: len(results) - len(writes)]
