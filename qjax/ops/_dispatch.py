@@ -10,8 +10,8 @@ from typing import Literal
 import jax
 
 _log = logging.getLogger(__name__)
-_simulated_sms: contextvars.ContextVar[int | None] = contextvars.ContextVar(
-    "simulated_sms", default=None
+_simulated: contextvars.ContextVar[tuple[int, str] | None] = contextvars.ContextVar(
+    "simulated", default=None
 )
 _required: contextvars.ContextVar[bool] = contextvars.ContextVar("required", default=False)
 
@@ -67,23 +67,27 @@ def log_fallback(op: str, reason: str) -> None:
 
 
 @contextlib.contextmanager
-def simulate_gpu(*, num_sms: int = 4) -> Iterator[None]:
+def simulate_gpu(*, num_sms: int = 4, capability: str = "9.0") -> Iterator[None]:
     """Makes ops choose the kernels on a machine without a GPU, for Mosaic GPU's interpret mode."""
-    token = _simulated_sms.set(num_sms)
+    token = _simulated.set((num_sms, capability))
     try:
         yield
     finally:
-        _simulated_sms.reset(token)
+        _simulated.reset(token)
 
 
 def num_sms() -> int:
     """Streaming multiprocessors of the default device."""
-    return _simulated_sms.get() or jax.devices()[0].core_count
+    simulated = _simulated.get()
+    return simulated[0] if simulated else jax.devices()[0].core_count
 
 
 def device_reason(*capabilities: str) -> str | None:
     """Why the default device can't run kernels for these compute capabilities ("9.0"), None if it can."""
-    return None if _simulated_sms.get() else _device_reason(*capabilities)
+    simulated = _simulated.get()
+    if simulated:
+        return _capability_reason(simulated[1], capabilities)
+    return _device_reason(*capabilities)
 
 
 @functools.cache
@@ -91,8 +95,11 @@ def _device_reason(*capabilities: str) -> str | None:
     device = jax.devices()[0]
     if device.platform != "gpu":
         return f"the device is a {device.platform}, not an NVIDIA GPU"
-    capability = str(getattr(device, "compute_capability", ""))
-    if capability not in capabilities:
-        wanted = " or ".join(capabilities)
-        return f"the GPU's compute capability is {capability}, the kernel needs {wanted}"
-    return None
+    return _capability_reason(str(getattr(device, "compute_capability", "")), capabilities)
+
+
+def _capability_reason(capability: str, capabilities: tuple[str, ...]) -> str | None:
+    if capability in capabilities:
+        return None
+    wanted = " or ".join(capabilities)
+    return f"the GPU's compute capability is {capability}, the kernel needs {wanted}"

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from qjax.formats import ActivationFormat
-from qjax.ops._dispatch import choose
+from qjax.ops._dispatch import choose, device_reason
 from qjax.ops._dot_kernels import kernel_of, product, unsupported_reason
 from qjax.ops._quantized_input import QuantizedInput, matching_weight
 from qjax.qarray import QArray, dequantize_stored
@@ -29,7 +29,9 @@ def dot(
     """x @ w.T for a weight stored (out, in), plain or quantized.
 
     Products are summed in float32 over the dequantized values. Gradients flow to x (and to a plain w);
-    quantization of x is differentiated as the identity.
+    quantization of x is differentiated as the identity. The kernel for GPUs of compute capability 8 (16-bit x, w
+    from `qjax.prepack`) runs only where it is asked for by name: it is compiled and interpreted in tests, but has
+    not been run on a GPU.
 
     Args:
         x: [..., K], floating; or already quantized: a QArray [M, K], or a `QuantizedInput`, through which
@@ -118,6 +120,11 @@ def _kernel_product(
 ) -> Array | None:
     """The product [M, N] by a kernel, or None where XLA is to compute it."""
     reason = unsupported_reason(x, w, activation_format=activation_format, out_dtype=out_dtype)
+    if reason is None and implementation is None and device_reason("9.0"):
+        reason = (
+            "the kernel for compute capability 8 must be asked for: "
+            'implementation="pallas_mosaic_gpu"'
+        )
     if choose("dot", implementation, reason) != "pallas_mosaic_gpu":
         return None
     kernel, _ = kernel_of(x, w, activation_format, out_dtype)

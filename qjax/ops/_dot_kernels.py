@@ -11,13 +11,16 @@ from jax.typing import DTypeLike
 
 from qjax.formats import WHOLE, ActivationFormat, QFormat
 from qjax.ops._dispatch import choose, device_reason, num_sms
-from qjax.pallas_kernels import fp8_quantize_sm90, mixed_gemm_sm90
+from qjax.pallas_kernels import fp8_quantize_sm90, mixed_gemm_sm80, mixed_gemm_sm90
 from qjax.pallas_kernels import fp8_rowwise_gemm_sm90 as fp8_gemm
 from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
 from qjax.qarray import QArray, decode_scale, to_wgmma
 from qjax.quantization import quantize_activation
 
 Kernel = Literal["fp8_block", "fp8_row", "mixed"]
+
+AMPERE = ("8.0", "8.6", "8.7", "8.9")
+"""Compute capabilities whose GPUs have `mixed_gemm_sm80` for weights with 16-bit inputs."""
 
 _ROWS, _TENSOR = (1, WHOLE), (WHOLE, WHOLE)
 
@@ -156,7 +159,8 @@ _differentiable.defvjp(_forward, _backward)
 def _run(static: _Static, x, w: QArray, bias, activation_scale, operand) -> Array:
     if static.kernel == "mixed":
         unsigned = w.format.offset == "minimum"  # its codes count from 0
-        return mixed_gemm_sm90.mixed_gemm(
+        gemm = mixed_gemm_sm80 if device_reason(*AMPERE) is None else mixed_gemm_sm90
+        return gemm.mixed_gemm(
             x,
             w.qvalue,
             w.scale,
@@ -274,4 +278,5 @@ def unsupported_reason(
     """Why no kernel takes this product of x [M, K] and w [N, K] on the default device, None if one does."""
     out_dtype = x.dtype if out_dtype is None else out_dtype
     kernel, reason = kernel_of(x, w, activation_format, out_dtype)
-    return device_reason("9.0") or (None if kernel else reason)
+    capabilities = ("9.0", *AMPERE) if kernel in ("mixed", None) else ("9.0",)
+    return device_reason(*capabilities) or (None if kernel else reason)
