@@ -1,12 +1,14 @@
 """Cases of the mixed-input product for `bench_kernels`: 16-bit activations and weights of 2 to 8 bits."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qjax.formats import WHOLE, qformat
-from qjax.pallas_kernels.mixed_gemm_sm90 import TileConfig, mixed_gemm
+from qjax.pallas_kernels.mixed_gemm_sm90 import mixed_gemm
 from qjax.qarray import QArray, dequantize_stored, to_wgmma
 
 FORMATS = (
@@ -44,8 +46,27 @@ def weight(name: str, n: int, k: int, key: jax.Array) -> QArray:
     return to_wgmma(QArray.from_parts(format, codes, scale, minimum=minimum))
 
 
-def mixed_case(name: str, m: int, n: int, k: int, config: TileConfig | None = None) -> dict:
-    """The fields of a benchmark case of random data."""
+def mixed_case(
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    config: Any = None,
+    *,
+    op: str = "mixed_gemm",
+    gemm: Callable = mixed_gemm,
+) -> dict:
+    """The fields of a benchmark case of random data.
+
+    Args:
+        name: Format of the weights.
+        m: Tokens.
+        n: Weight rows.
+        k: Columns.
+        config: The kernel's `TileConfig`, None for its choice.
+        op: The kernel's name.
+        gemm: The kernel's function.
+    """
     keys = jax.random.split(jax.random.key(m + n + k), 2)
     x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
     w = jax.jit(weight, static_argnums=(0, 1, 2))(name, n, k, keys[1])
@@ -53,7 +74,7 @@ def mixed_case(name: str, m: int, n: int, k: int, config: TileConfig | None = No
     arrays = [w.scale] if w.minimum is None else [w.scale, w.minimum]
 
     def run(x, codes, scale, minimum=None):
-        return mixed_gemm(
+        return gemm(
             x,
             codes,
             scale,
@@ -74,7 +95,7 @@ def mixed_case(name: str, m: int, n: int, k: int, config: TileConfig | None = No
         return jnp.linalg.norm(difference) / jnp.linalg.norm(expected)
 
     return dict(
-        op="mixed_gemm",
+        op=op,
         format=name,
         shape={"m": m, "n": n, "k": k},
         fn=jax.jit(run),
