@@ -5,7 +5,6 @@ from _bench_mixed_gemm import NK, mixed_case
 from qjax.pallas_kernels.mixed_gemm_sm80 import TileConfig, mixed_gemm
 
 FORMATS = ("int4_1x128", "int4_1x32_min", "int8_channel", "fp8_e4m3_channel")
-TOKENS = (1, 16, 64, 4096)
 
 
 def ampere_case(name: str, m: int, n: int, k: int, config: TileConfig | None = None) -> dict:
@@ -13,4 +12,4 @@ def ampere_case(name: str, m: int, n: int, k: int, config: TileConfig | None = N
     return mixed_case(name, m, n, k, config, op="mixed_gemm_sm80", gemm=mixed_gemm)
 
 
-__all__ = ["FORMATS", "NK", "TOKENS", "ampere_case"]
+__all__ = ["FORMATS", "NK", "ampere_case"]

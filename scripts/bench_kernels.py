@@ -17,6 +17,7 @@ from pathlib import Path
 import _bench_fp8_grouped_gemm as grouped
 import _bench_fp8_training as training
 import _bench_mixed_gemm as mixed
+import _bench_mixed_gemm_sm80 as ampere
 import _bench_mixed_grouped_gemm as experts
 import _bench_prefill_attention as prefill
 import jax
@@ -262,6 +263,12 @@ def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
             lambda f, n, k, m: Case(**mixed.mixed_case(f, m, n, k)),
             mixed.FORMATS,
             mixed.NK,
+            tokens,
+        ),
+        "mixed_gemm_sm80": crossed(
+            lambda f, n, k, m: Case(**ampere.ampere_case(f, m, n, k)),
+            ampere.FORMATS,
+            ampere.NK,
             tokens,
         ),
         "mixed_gated_grouped_gemm": made(

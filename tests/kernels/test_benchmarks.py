@@ -78,6 +78,13 @@ def test_records_of_training(on_cpu):
     assert 0.01 < quantizer.error < 0.03
 
 
+def test_a_record_of_the_ampere_product(on_cpu):
+    case = bench.Case(**bench.ampere.ampere_case("int4_1x32_min", 3, 64, 128))
+    with testing.interpret(detect_races=False):
+        record = bench.measure(case, CEILINGS, {}, STAMP, calls=3)
+    assert record.op == "mixed_gemm_sm80" and 0 < record.error <= 2e-3
+
+
 @pytest.mark.parametrize("op", ["fp8_quantize_1x128", "fp8_quantize_per_token"])
 def test_a_quantizers_record(op, on_cpu):
     with testing.interpret(detect_races=False):
@@ -103,7 +110,7 @@ def test_every_op_has_its_cases():
     by_tokens = {op for op in one if len(one[op]) < len(two[op])}
     assert by_tokens == {
         *("fp8_block_gemm", "fp8_rowwise_gemm", "int4_gemm", "mixed_gemm"),
-        *("fp8_quantize_1x128", "fp8_quantize_per_token"),
+        *("mixed_gemm_sm80", "fp8_quantize_1x128", "fp8_quantize_per_token"),
     }
     assert len(two["int4_gemm"]) == 2 * 6 * 2
     assert len(two["fp8_block_grouped_gemm"]) == 8 + 5

@@ -1,12 +1,14 @@
 """The product of weights of 2 to 8 bits with mma.sync: numbers, waits, inlined instructions, ptxas, and the GPU."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from mixed_gemm_cases import SIZES, TOLERANCE, every_code, operands, reference, relative_error
 from ptx_emulator import Emulated, swizzled
-from test_mixed_gemm import SIZES, TOLERANCE, every_code, operands, reference, relative_error
 
 from qjax import testing
 from qjax.pallas_kernels import _async_copy_sm80, _mixed_gemm_sm80, _mma_sm80
@@ -164,15 +166,14 @@ def test_instructions_of_compute_capability_8(monkeypatch, element):
         limit = 2 ** (bits - 1)
         zero_points.append(jnp.asarray(rng.integers(-limit, limit + 1, (64,)).astype(np.float32)))
     for zero_point in zero_points:
-        options = dict(first=32, width=32, ampere=True)
-        dequantize(words, element, "bfloat16", zero_point, **options)
+        dequantize(words, element, "bfloat16", zero_point, first=32, width=32, ampere=True)
 
 
 def test_chosen_tiles_fit():
     for n, k in [*SIZES, (192, 576), (2880, 2880)]:
         for m in (1, 8, 17, 32, 64, 100, 256, 4096):
             for bits in (2, 4, 8):
-                size = dict(bits=bits, group_size=32, row_bytes=8, sums=True)
+                size: dict[str, Any] = dict(bits=bits, group_size=32, row_bytes=8, sums=True)
                 tiles = choose_tiles(m, n, k, num_sms=108, **size)
                 assert tiles.smem_bytes(**size) <= LEAST_SMEM
                 assert tiles.splits == 1 or m <= 128

@@ -182,6 +182,11 @@ def test_records_round_trip_and_append(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["h200.jsonl"]
 
 
+def test_unknown_gpus_are_refused():
+    with pytest.raises(ValueError, match=r"capability must be one of .* found '7\.5'"):
+        testing.ptxas_reports([], capability="7.5")
+
+
 def test_bad_records_are_refused(tmp_path):
     with pytest.raises(ValueError, match="time_us must be positive"):
         record(time_us=float("nan"))

@@ -49,13 +49,13 @@ def test_it_is_not_the_default():
 
 
 def test_reasons_are_told():
-    x, asked = normal(3, K), dict(implementation="pallas_mosaic_gpu")
+    x, asked = normal(3, K), "pallas_mosaic_gpu"
     with simulate_gpu(capability="8.0"):
         with pytest.raises(ValueError, match=r"qjax.prepack\(w\) once"):
-            qjax.dot(x, quantize(normal(N, K), "int4_1x32"), **asked)
+            qjax.dot(x, quantize(normal(N, K), "int4_1x32"), implementation=asked)
         with pytest.raises(ValueError, match=r"capability is 8\.0, the kernel needs 9\.0"):
             w = quantize(normal(N, K), "fp8_e4m3_channel")
             inputs = SCHEMES["FP8_DYNAMIC"].activations
-            qjax.dot(x, w, activation_format=inputs, **asked)
+            qjax.dot(x, w, activation_format=inputs, implementation=asked)
     with simulate_gpu(capability="7.5"), pytest.raises(ValueError, match=r"needs 9\.0 or 8\.0 or"):
-        qjax.dot(x, qjax.prepack(quantize(normal(N, K), "int4_1x32")), **asked)
+        qjax.dot(x, qjax.prepack(quantize(normal(N, K), "int4_1x32")), implementation=asked)
