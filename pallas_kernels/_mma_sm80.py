@@ -50,8 +50,8 @@ def products(
             right = fragments.load(first // 16 + step)
             for of_block, left in zip(sums, words, strict=True):
                 for j, pair in enumerate(right):
-                    of_block[j] = _mma(dtype, left[4 * step : 4 * step + 4], pair, of_block[j])
-        return tuple(reg.array(_pairs(of_block), columns) for of_block in sums)
+                    of_block[j] = mma(dtype, left[4 * step : 4 * step + 4], pair, of_block[j])
+        return tuple(reg.array(pairs(of_block), columns) for of_block in sums)
 
     def reference(tokens, *arrays):
         x = tokens[:, first : first + width].astype(jnp.float32).T
@@ -169,7 +169,8 @@ def store_columns(sums: Array, out, row: ArrayLike, column: ArrayLike, end: Arra
     plgpu.inline_mgpu(arg_types=types)(emit)(sums, out, row, column, end)
 
 
-def _mma(dtype: str, left, right, sums) -> list[ir.Value]:
+def mma(dtype: str, left, right, sums) -> list[ir.Value]:
+    """mma.m16n8k16: words of a 16x16 and a 16x8 fragment and the four float32 sums of a thread."""
     kind = _PTX_TYPES[dtype]
     found = utils.inline_ptx(
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
@@ -189,6 +190,7 @@ def _quads(sums) -> list[list[ir.Value]]:
     return [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
 
 
-def _pairs(sums) -> list[ir.Value]:
+def pairs(sums) -> list[ir.Value]:
+    """The sums of each 8 columns as registers of an array in ``Layout.WGMMA``."""
     vec = ir.VectorType.get((2,), ir.F32Type.get())
     return [vector.from_elements(vec, part[i : i + 2]) for part in sums for i in (0, 2)]

@@ -12,8 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from qjax.pallas_kernels import _paged_attention_registers_sm90 as reg
-
-_PTX_TYPES = {"bfloat16": "bf16", "float16": "f16"}
+from qjax.pallas_kernels._mma_sm80 import mma, pairs
 
 
 def logits(query: Array, key, scales=None, *, storage: reg.Storage) -> Array:
@@ -47,9 +46,9 @@ def logits(query: Array, key, scales=None, *, storage: reg.Storage) -> Array:
                 for block in range(n // 8):
                     right = [waiting[block].pop(0) for _ in range(2)]
                     left = words[4 * step : 4 * step + 4]
-                    sums[block] = _mma(storage.operand, left, right, sums[block])
+                    sums[block] = mma(storage.operand, left, right, sums[block])
                 step += 1
-        return reg.array(_pairs(sums), n)
+        return reg.array(pairs(sums), n)
 
     def reference(query, key, *scales):
         q = query.astype(jnp.float32).reshape(reg.WARPS, reg.ROWS, dim)
@@ -109,8 +108,8 @@ def add_values(
                     for step in range(n // 16):
                         right = [blocks[2 * step][j], blocks[2 * step + 1][j]]
                         left = words[4 * step : 4 * step + 4]
-                        sums[at] = _mma(storage.operand, left, right, sums[at])
-        return reg.array(_pairs(sums), dim)
+                        sums[at] = mma(storage.operand, left, right, sums[at])
+        return reg.array(pairs(sums), dim)
 
     def reference(p, value, out, begin, end, *scales):
         token = jnp.arange(storage.tile)
@@ -270,20 +269,6 @@ class _Tile:
         return list(found)
 
 
-def _mma(dtype: str, left, right, sums) -> list[ir.Value]:
-    kind = _PTX_TYPES[dtype]
-    found = utils.inline_ptx(
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        *left,
-        *right,
-        *sums,
-        result_types=[ir.F32Type.get()] * 4,
-        convergent=True,
-    )
-    return list(found)
-
-
 def _decode(word: ir.Value, storage: reg.Storage, scale: ir.Value | None = None) -> list[ir.Value]:
     """Pairs of 16-bit operands: of 16-bit numbers, of bytes 0-1 and 2-3, or of nibbles i and i + 4."""
     if storage.bits == 16:
@@ -313,8 +298,3 @@ def _permute(word: ir.Value) -> ir.Value:
     """Bytes 0, 2, 1, 3."""
     i32 = ir.IntegerType.get_signless(32)
     return utils.inline_ptx("prmt.b32 $0, $1, $1, 0x3120;", word, result_types=i32)
-
-
-def _pairs(sums) -> list[ir.Value]:
-    vec = ir.VectorType.get((2,), ir.F32Type.get())
-    return [vector.from_elements(vec, part[i : i + 2]) for part in sums for i in (0, 2)]
