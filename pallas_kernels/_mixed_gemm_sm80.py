@@ -169,8 +169,7 @@ def _kernel(gmem, out, smem, *, streams, config: TileConfig, element, group_size
             totals = tuple(added)
         return totals
 
-    for i in range(config.stages - 1):
-        load_if_any(begin + i)
+    pl.loop(begin, begin + config.stages - 1)(load_if_any)
     zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
     totals = lax.fori_loop(begin, end, multiply, (zeros,) * config.blocks)
     for b, (at, total) in enumerate(zip(blocks, totals, strict=True)):

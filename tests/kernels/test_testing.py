@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax import testing
+from qjax.pallas_kernels._async_copy_sm80 import commit_copies, copy_tile, wait_copies
 from qjax.testing.ptxas import parse_ptxas
 from qjax.testing.timing import sum_calls
 
@@ -180,6 +181,24 @@ def test_records_round_trip_and_append(tmp_path):
     assert testing.read_records(path) == [first, second]
     assert second.peer_ratio == 1.5
     assert [p.name for p in path.parent.iterdir()] == ["h200.jsonl"]
+
+
+@pytest.mark.parametrize("waits_first", [True, False])
+def test_asynchronous_copies_arrive_when_waited_for(waits_first):
+    x = jnp.arange(1024, dtype=jnp.float32).reshape(8, 128)
+
+    def kernel(x_gmem, out_gmem, smem):
+        copy_tile(x_gmem, smem, jnp.int32(0), jnp.int32(0))
+        commit_copies()
+        if waits_first:
+            wait_copies(0)
+        out_gmem[...] = smem[...]
+        wait_copies(0)
+
+    scratch = dict(smem=plgpu.SMEM((8, 128), jnp.float32))
+    with testing.interpret(detect_races=False):
+        out = plgpu.kernel(kernel, out_type=x, scratch_types=scratch)(x)
+    np.testing.assert_array_equal(out, x if waits_first else jnp.full_like(x, jnp.nan))
 
 
 def test_unknown_gpus_are_refused():
