@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
@@ -18,25 +19,41 @@ from qjax.pallas_kernels._mixed_gemm_registers_sm90 import (
     words_layout,
 )
 from qjax.pallas_kernels._mixed_gemm_tiles_sm90 import MIN_SUMS, TileConfig
-from qjax.pallas_kernels._wgmma_sm90 import mixed_product
+from qjax.pallas_kernels._w4a8_registers_sm90 import eight_bit_factor, eight_bit_weights
+from qjax.pallas_kernels._wgmma_sm90 import load_columns, mixed_product
 from qjax.wgmma_layout import BLOCK
+
+# Of each math warpgroup, by their number: with the producer's 40 they fill the registers of an SM.
+_REGISTERS = {1: 232, 2: 232, 3: 152, 4: 104}
 
 
 def launch(
-    operands, sizes, element: str, group_size: int, zero: int, config: TileConfig, num_sms: int
+    operands,
+    sizes,
+    element: str,
+    group_size: int,
+    zero: int,
+    config: TileConfig,
+    num_sms: int,
+    *,
+    out_dtype: DTypeLike | None = None,
+    kernel_name: str = "mixed_gemm",
 ):
     """The product [M, N].
 
     Args:
         operands: {"x": [M', K], "codes": words, "scale": [N/64, groups, 64]}, and where there are such
             "zero_point" and "minimum" (like scale), "sums" (float32 [groups, tokens], the columns of each group
-            of x added; tokens a multiple of 32 and of the tile's) with "minimum", and "bias" [N/64, 64].
+            of x added; tokens a multiple of 32 and of the tile's) with "minimum", "bias" [N/64, 64], and
+            "x_scale" (float32 [M]) with x of 8 bits.
         sizes: M, N, K.
         element: The codes' element.
         group_size: Columns that share a scale, K or at most 128.
         zero: The zero point of all weights, without "zero_point".
         config: The tiling.
         num_sms: SMs to run on.
+        out_dtype: The output's dtype; default x's.
+        kernel_name: In profiles.
     """
     m, n, k = sizes
     bits, unit = ELEMENTS[element], UNITS[ELEMENTS[element]]
@@ -44,12 +61,12 @@ def launch(
     # A unit is what a thread loads at once.
     shape = (words[0], words[1] * BLOCK // unit, bits * unit // 128, 256)
     operands = operands | {"codes": operands["codes"].reshape(shape)}
-    x = operands["x"]
+    x, out_dtype = operands["x"], jnp.dtype(out_dtype or operands["x"].dtype)
     row_tiles, column_tiles = pl.cdiv(n, config.rows), pl.cdiv(m, config.columns)
     warpgroups = config.blocks * config.parts
     clusters = max(min(num_sms // config.splits, row_tiles * column_tiles), 1)
     grouped = group_size != k
-    out_type = [jax.ShapeDtypeStruct((m, n), x.dtype)]
+    out_type = [jax.ShapeDtypeStruct((m, n), out_dtype)]
     scratch = dict(
         codes_smem=plgpu.SMEM(
             (config.stages, config.blocks, config.step // unit, *shape[2:]), jnp.int32
@@ -57,11 +74,14 @@ def launch(
         x_smem=plgpu.SMEM(
             (config.stages, config.parts, config.columns, config.depth),
             x.dtype,
-            transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+            transforms=(
+                plgpu.TilingTransform((8, 128 // x.dtype.itemsize)),
+                plgpu.SwizzleTransform(128),
+            ),
         ),
         out_smem=plgpu.SMEM(
             (config.blocks, config.columns, BLOCK),
-            x.dtype,
+            out_dtype,
             transforms=(plgpu.SwizzleTransform(128),),
         ),
         empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=config.stages),
@@ -118,7 +138,7 @@ def launch(
         cluster_names=("split",),
         num_threads=warpgroups + 1,
         thread_name="wg",
-        kernel_name="mixed_gemm",
+        kernel_name=kernel_name,
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(*operands.values())[0]
@@ -197,12 +217,15 @@ def _kernel(
 
     @pl.when(wg < warpgroups)
     def math():
-        plgpu.set_max_registers(104 if warpgroups == 4 else 232, action="increase")
+        plgpu.set_max_registers(_REGISTERS[warpgroups], action="increase")
         grouped = "scale" in streams
         width = min(group_size if grouped else 128, config.depth)
         part_groups = config.depth // width
         mine, k_part = lax.div(wg, config.parts), lax.rem(wg, config.parts)
         shape = (BLOCK, config.columns)
+        eight_bits = x_smem.dtype.itemsize == 1
+        # Integers of rows with one scale stay integers until K is through.
+        whole = x_smem.dtype == jnp.int8 and not grouped
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         spread = functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
 
@@ -249,29 +272,35 @@ def _kernel(
                     low, high = first // unit, -(-(first + width) // unit)
                     units = pl.ds(k_part * (config.depth // unit) + low, high - low)
                     codes = smem["codes_smem"].at[slot, mine, units]
-                    weights = dequantize(
-                        plgpu.load(codes, layout=words_layout(codes.shape)),
-                        element,
-                        x_smem.dtype,
-                        zero_point,
-                        first=first % unit,
-                        width=width,
-                        zero=zero,
-                    )
+                    words = plgpu.load(codes, layout=words_layout(codes.shape))
+                    place = dict(first=first % unit, width=width)
+                    if eight_bits:
+                        weights = eight_bit_weights(words, x_smem.dtype, zero_point, **place)
+                    else:
+                        weights = dequantize(
+                            words, element, x_smem.dtype, zero_point, zero=zero, **place
+                        )
                     tokens = x_smem.at[slot, k_part]
+                    if whole:
+                        total = mixed_product(weights, tokens, first=first, total=total)
+                        if first + width == config.depth:
+                            plgpu.barrier_arrive(empty.at[slot])
+                        continue
                     part = mixed_product(weights, tokens, first=first, recycle=part)
                     if first + width == config.depth and not grouped:
                         plgpu.barrier_arrive(empty.at[slot])
-                    scaled = part
+                    scaled = part.astype(jnp.float32)
                     if grouped:
-                        scaled = part * spread(row_values(smem["scale_smem"].at[slot, mine, group]))
+                        scaled = scaled * spread(row_values(smem["scale_smem"].at[slot, mine, group]))
                         if first + width == config.depth:
                             plgpu.barrier_arrive(empty.at[slot])
                     total = lax.optimization_barrier(total + scaled)
                 return count + 1, total
 
-            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+            zeros = jnp.zeros(shape, jnp.int32 if whole else jnp.float32)
+            zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
             count, total = lax.fori_loop(begin, end, multiply_step, (count, zeros))
+            total = total.astype(jnp.float32)
 
             def store(total):
                 if not grouped:
@@ -279,6 +308,10 @@ def _kernel(
                     if "minimum" in gmem:
                         tokens = gmem["sums"].at[0, pl.ds(column, config.columns)]
                         total = total + minimums(gmem["minimum"].at[block, 0], tokens)
+                if "x_scale" in gmem:
+                    scales = load_columns(gmem["x_scale"], column, columns=config.columns)
+                    factor = eight_bit_factor(x_smem.dtype, zeros="zero_point" in gmem)
+                    total = total * lax.broadcast_in_dim(scales * factor, shape, [1])
                 if "bias" in gmem:
                     total = total + spread(row_values(gmem["bias"].at[block]))
                 _store(total, smem["out_smem"].at[mine], outputs[0], column, (row + mine) * BLOCK)

@@ -53,15 +53,18 @@ class TileConfig:
         alone = tiles // (clusters * self.splits) if self.tail else 0
         return alone, tiles - alone * clusters * self.splits
 
-    def smem_bytes(self, scale_bytes: float, *, bits: int = 4, sums: float = 0) -> float:
+    def smem_bytes(
+        self, scale_bytes: float, *, bits: int = 4, sums: float = 0, x_bytes: int = 2
+    ) -> float:
         """Shared memory for the stages and the epilogue.
 
         Args:
             scale_bytes: Bytes of scales and offsets for each weight.
             bits: Bits of a code.
             sums: Sums of each token's columns for each column: 1 / group_size with minimums, otherwise 0.
+            x_bytes: Bytes of an element of x.
         """
-        tokens = 2 * self.columns + 4 * sums * max(self.columns, MIN_SUMS)
+        tokens = x_bytes * self.columns + 4 * sums * max(self.columns, MIN_SUMS)
         stage = self.step * (self.rows * (bits / 8 + scale_bytes) + tokens)
         epilogue = self.rows * self.columns * (2 + 4 * (self.parts - 1))
         return self.stages * stage + epilogue + 8 * 1024

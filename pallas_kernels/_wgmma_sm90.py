@@ -16,10 +16,17 @@ from jax import numpy as jnp
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-_PTX_TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16", "float16": "f16"}
+_PTX_TYPES = {
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "int8": "s8",
+}
 _K_BYTES = 32  # of one instruction
 
 
@@ -54,32 +61,45 @@ def fp8_product(
     return _inline(product, (ref, ref), (left, right), recycle, right.shape[0])
 
 
-def mixed_product(left: Array, right, *, first: int, recycle: Array | None = None) -> Array:
-    """left @ right[:, first : first + K].T in float32, the left operand in registers.
+def mixed_product(
+    left: Array,
+    right,
+    *,
+    first: int,
+    recycle: Array | None = None,
+    total: Array | None = None,
+) -> Array:
+    """left @ right[:, first : first + K].T, the left operand in registers; or that added to `total`.
 
     Args:
-        left: [64, K], bfloat16 or float16, in ``Layout.WGMMA``; K a multiple of 16.
-        right: Shared memory [N, K'] of the same dtype, tiled (8, 64) and swizzled by 128 bytes.
-        first: First column of `right`, a multiple of 16.
+        left: [64, K], bfloat16 or float16 in ``Layout.WGMMA``, K a multiple of 16; or float8_e4m3fn or int8 in
+            ``Layout.WGMMA_8BIT``, K a multiple of 32.
+        right: Shared memory [N, K'] of the same dtype, tiled (8, 128 bytes) and swizzled by 128 bytes.
+        first: First column of `right`, of left's multiples.
         recycle: An earlier product whose registers may hold this one.
+        total: [64, N] in ``Layout.WGMMA``, in whose registers the sum goes.
 
     Returns:
-        [64, N] in ``Layout.WGMMA``.
+        [64, N] in ``Layout.WGMMA``: float32, or int32 (exact) of int8.
     """
     k = left.shape[1]
     types = [_PTX_TYPES[jnp.dtype(left.dtype).name]] * 2
-    emit = functools.partial(_emit, types=types, swizzle=128, first=first)
+    accumulate = total is not None
+    emit = functools.partial(_emit, types=types, swizzle=128, first=first, accumulate=accumulate)
 
-    def product(ctx, left, right, *recycle):
+    def product(ctx, left, right, *held):
         del ctx
-        return emit(left, (right,), recycle)
+        return emit(left, (right,), held)
 
-    def reference(left, right, *recycle):
-        return _reference(left, right[:, first : first + k])
+    def reference(left, right, *held):
+        found = _reference(left, right[:, first : first + k])
+        return held[0] + found if accumulate else found
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
-    arg_types = (plgpu.Layout.WGMMA, _tiled(left.dtype, 128))
-    return _inline(product, arg_types, (left, right), recycle, right.shape[0])
+    layout = plgpu.Layout.WGMMA if left.dtype.itemsize == 2 else plgpu.Layout.WGMMA_8BIT
+    arg_types = (layout, _tiled(left.dtype, 128))
+    held = total if accumulate else recycle
+    return _inline(product, arg_types, (left, right), held, right.shape[0], _sum_dtype(left.dtype))
 
 
 def fp8_register_product(left: Array, rights, *, recycle: Array | None = None) -> Array:
@@ -131,36 +151,60 @@ def mixed_accumulate(total: Array, left: Array, right) -> Array:
     return _inline(product, arg_types, (left, right), total, right.shape[0])
 
 
-def load_columns(ref) -> Array:
+def load_columns(ref, first: Array | None = None, *, columns: int | None = None) -> Array:
     """A vector for the columns of a sum, from any address.
 
     `plgpu.load` reads it in pairs, which a start at an odd element would misalign.
 
     Args:
-        ref: Shared or global memory [N], float32; N a multiple of 8.
+        ref: Shared or global memory [N], float32.
+        first: int32, the first element; past the last one, that is repeated.
+        columns: How many with `first`, otherwise all; a multiple of 8.
 
     Returns:
-        [N] in ``Layout.WGMMA.reduce(0)``.
+        [columns] in ``Layout.WGMMA.reduce(0)``.
     """
+    shape = ref.shape if columns is None else (columns,)
 
-    def load(ctx, ref):
+    def load(ctx, ref, *first):
         del ctx
         layout, f32 = fa.WGMMA_COL_LAYOUT, ir.F32Type.get()
-        shape = tuple(ir.MemRefType(ref.type).shape)
-        one = arith.constant(ir.IndexType.get(), 1)
+        index = ir.IndexType.get()
+        one, last = (arith.constant(index, i) for i in (1, ir.MemRefType(ref.type).shape[0] - 1))
+
+        def at(i):
+            if not first:
+                return i
+            (start,) = first[0].registers.flat
+            return arith.minsi(arith.addi(i, arith.index_cast(index, start)), last)
+
         values = np.empty(layout.registers_shape(shape), dtype=object)
-        for at, (i,) in zip(np.ndindex(values.shape), layout.thread_idxs(shape), strict=True):
-            pair = [memref.load(ref, [j]) for j in (i, arith.addi(i, one))]
-            values[at] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
+        for place, (i,) in zip(np.ndindex(values.shape), layout.thread_idxs(shape), strict=True):
+            pair = [memref.load(ref, [at(j)]) for j in (i, arith.addi(i, one))]
+            values[place] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
         return fa.FragmentedArray(_registers=values, _layout=layout, _is_signed=None)
 
-    load.interpret_impl = lambda ref: ref  # pyright: ignore[reportFunctionMemberAccess]
+    def reference(ref, *first):
+        if not first:
+            return ref
+        return ref[jnp.minimum(first[0] + jnp.arange(shape[0]), ref.shape[0] - 1)]
+
+    load.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     layout = plgpu.Layout.WGMMA.reduce(0)
-    out = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=layout)
-    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=out)(load)(ref)
+    out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
+    args = (ref,) if first is None else (ref, first)
+    # A scalar has no layout; any will do.
+    types = (plgpu.RefType(), layout)[: len(args)]
+    return plgpu.inline_mgpu(arg_types=types, return_type=out)(load)(*args)
+
+
+def _sum_dtype(dtype):
+    return jnp.int32 if dtype == jnp.int8 else jnp.float32
 
 
 def _reference(left: Array, right: Array) -> Array:
+    if left.dtype == jnp.int8:
+        return jnp.matmul(left, right.T, preferred_element_type=jnp.int32)
     return jnp.matmul(left.astype(jnp.float32), right.astype(jnp.float32).T, precision="highest")
 
 
@@ -169,10 +213,12 @@ def _tiled(dtype, swizzle: int) -> plgpu.RefType:
     return plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
-def _inline(product, arg_types, args, recycle: Array | None, columns: int) -> Array:
+def _inline(
+    product, arg_types, args, recycle: Array | None, columns: int, dtype: DTypeLike = jnp.float32
+) -> Array:
     if recycle is not None:
         arg_types, args = (*arg_types, plgpu.Layout.WGMMA), (*args, recycle)
-    out = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=plgpu.Layout.WGMMA)
+    out = plgpu.ShapeDtypeStruct((64, columns), dtype, layout=plgpu.Layout.WGMMA)
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=out)(product)(*args)
 
 
@@ -181,8 +227,10 @@ def _emit(
 ) -> fa.FragmentedArray:
     """The instructions of one product: fence, K/k of them for each right operand, commit, wait."""
     itemsize = 2 if types[0] in ("bf16", "f16") else 1
+    integers = types[0] == "s8"
     columns = _shape(rights[0])[0]
-    count, layout, f32 = columns // 2, fa.WGMMA_LAYOUT_ACC_32BIT, ir.F32Type.get()
+    count, layout = columns // 2, fa.WGMMA_LAYOUT_ACC_32BIT
+    kind = ir.IntegerType.get_signless(32) if integers else ir.F32Type.get()
     recycled = [_scalar(r) for a in recycle for r in a.to_layout(layout).registers.flat]
     in_registers = isinstance(left, fa.FragmentedArray)
     if in_registers:
@@ -195,6 +243,7 @@ def _emit(
         base, left_stride = _descriptor(left, swizzle, itemsize, 64, is_right=False)
         depth = _shape(left)[1]
         words, flags = [base], "1, 1"
+    flags = "" if integers else f", {flags}"
     described = [_descriptor(r, swizzle, itemsize, columns, is_right=True) for r in rights]
 
     operand = count + len(recycled)  # each recycled register is an input tied to an output
@@ -221,15 +270,15 @@ def _emit(
             ptx.append(f"add.s64 r, ${right_operand + j}, {offset};")
             ptx.append(
                 f"wgmma.mma_async.sync.aligned.m64n{columns}k{_K_BYTES // itemsize}"
-                f".f32.{types[0]}.{types[1 + j]} {sums}, {a}, r, add, {flags};"
+                f".{'s32' if integers else 'f32'}.{types[0]}.{types[1 + j]} {sums}, {a}, r, add{flags};"
             )
             if (i, j) == (0, 0) and not accumulate:
                 ptx.append("setp.ne.b32 add, 1, 0;")
     ptx += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
-    constraints = ["=f"] * count + [str(i) for i in range(len(recycled))]
+    constraints = ["=r" if integers else "=f"] * count + [str(i) for i in range(len(recycled))]
     constraints += ["r" if in_registers else "l"] * len(words) + ["l"] * len(rights)
     registers = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * count),
+        llvm.StructType.get_literal([kind] * count),
         [*recycled, *words, *(base for base, _ in described)],
         "\n".join(ptx),
         ",".join(constraints),
@@ -237,10 +286,11 @@ def _emit(
     )
     values = np.empty(count, dtype=object)
     for i in range(count):
-        value = llvm.extractvalue(f32, registers, [i])
-        values[i] = vector.from_elements(ir.VectorType.get((1,), f32), [value])
+        value = llvm.extractvalue(kind, registers, [i])
+        values[i] = vector.from_elements(ir.VectorType.get((1,), kind), [value])
     values = values.reshape(layout.registers_shape((64, columns)))
-    array = fa.FragmentedArray(_registers=values, _layout=layout, _is_signed=None)
+    signed = True if integers else None
+    array = fa.FragmentedArray(_registers=values, _layout=layout, _is_signed=signed)
     return array.to_layout(fa.WGMMA_LAYOUT)
 
 

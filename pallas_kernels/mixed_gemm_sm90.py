@@ -49,7 +49,7 @@ from qjax.pallas_kernels._mixed_gemm_tiles_sm90 import (
     choose_tiles,
     modelled_us,
 )
-from qjax.wgmma_layout import BLOCK, codes_shape, to_row_blocks, to_words
+from qjax.wgmma_layout import BLOCK, codes_shape, to_row_blocks, to_words, to_words8
 
 X_DTYPES = ("bfloat16", "float16")
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
@@ -100,6 +100,7 @@ def repack(
     *,
     group_size: int,
     element: str = "int4",
+    eight_bit_inputs: bool = False,
 ) -> tuple[Array, Array, Array | None]:
     """Weights in the kernel's layout, from the layouts of compressed-tensors and `QArray`.
 
@@ -112,6 +113,7 @@ def repack(
             minimums (of scale's dtype), or None.
         group_size: Columns that share a scale; K for one scale a row.
         element: Of the codes.
+        eight_bit_inputs: Whether "int4" is for `w4a8_gemm_sm90`: "wgmma8" storage.
 
     Returns:
         (codes, scale, offset). codes: int32 [N/64, K/64, bits/2, 256], sizes rounded up, as `wgmma_layout`
@@ -135,7 +137,8 @@ def repack(
     if offset is not None:
         is_zero_point = jnp.issubdtype(offset.dtype, jnp.integer)
         offset = by_rows(offset.astype(jnp.bfloat16) if is_zero_point else offset)
-    return to_words(codes, bits), by_rows(scale), offset
+    words = to_words8(codes, element) if eight_bit_inputs else to_words(codes, bits)
+    return words, by_rows(scale), offset
 
 
 def mixed_gemm(

@@ -66,7 +66,10 @@ SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3
 
 
 _WGMMA_GROUPS = (32, 64, 128, WHOLE)
-_WGMMA_SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
+_WGMMA_SCALES = {
+    "wgmma": ("float32", "bfloat16", "float16", "float8_e8m0fnu"),
+    "wgmma8": ("float32", "bfloat16", "float16"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +91,10 @@ class QFormat:
         storage: "plain" (one array item per element), "packed" (uint8: a little-endian bit stream
             along K; integer codes biased by 2**(bits-1), float4 codes raw) or one that is no checkpoint's (int32:
             codes in the order of `wgmma_layout`, scales and offsets of every row likewise; N and K multiples of
-            64): "wgmma" (codes of 3 bits take 4, those of 5 to 7 take 8), "wgmma8" (MXFP4, whose scales are
-            relative to the largest, which is the global scale) or "wgmma8_pairs" (likewise, and of each 128 rows
-            the even ones before the odd ones: gate and up of experts whose rows alternate).
+            64): "wgmma" (codes of 3 bits take 4, those of 5 to 7 take 8); "wgmma8", for products with 8-bit inputs
+            (INT4; or MXFP4, whose scales are relative to the largest, which is the global scale); or
+            "wgmma8_pairs" (MXFP4 likewise, and of each 128 rows the even ones before the odd ones: gate and up of
+            experts whose rows alternate).
 
     Raises:
         ValueError: If a field is out of its set or the fields contradict each other.
@@ -131,20 +135,26 @@ class QFormat:
                 "8-bit elements are stored 'plain', narrower ones 'packed', both also 'wgmma'",
                 (self.element, self.storage),
             )
-        if self.storage == "wgmma" and (
+        mxfp4 = ("float4_e2m1fn", (1, 32), "float8_e8m0fnu", True)
+        found = (self.element, self.block_shape, self.scale_dtype, self.global_scale)
+        if not self.ordered or (self.eight_bit and found == mxfp4):
+            return
+        if self.eight_bit and (
+            self.storage == "wgmma8_pairs" or self.element != "int4" or self.offset == "minimum"
+        ):
+            int4 = "" if self.storage == "wgmma8_pairs" else "int4 without minimums, and "
+            refuse(f"{self.storage!r} stores {int4}{mxfp4}", (*found, self.offset))
+        scales = _WGMMA_SCALES[self.storage]
+        if (
             self.block_shape[1] not in _WGMMA_GROUPS
-            or self.scale_dtype not in _WGMMA_SCALES
+            or self.scale_dtype not in scales
             or self.global_scale
         ):
             refuse(
-                f"'wgmma' stores groups of {_WGMMA_GROUPS} columns with scales of {_WGMMA_SCALES}, without a "
+                f"{self.storage!r} stores groups of {_WGMMA_GROUPS} columns with scales of {scales}, without a "
                 "global scale",
-                (self.block_shape, self.scale_dtype, self.global_scale),
+                found[1:],
             )
-        mxfp4 = ("float4_e2m1fn", (1, 32), "float8_e8m0fnu", True)
-        found = (self.element, self.block_shape, self.scale_dtype, self.global_scale)
-        if self.eight_bit and found != mxfp4:
-            refuse(f"{self.storage!r} stores {mxfp4}", found)
 
     @property
     def spec(self) -> Element:
@@ -193,7 +203,7 @@ class QFormat:
     @property
     def zero_point_dtype(self) -> jnp.dtype:
         """Dtype of `QArray.zero_point`: one code wider than q, since GPTQ's zero may be 2**bits."""
-        if self.storage == "wgmma":
+        if self.ordered:
             return jnp.dtype("bfloat16")  # as the kernel subtracts it; integers up to 256 are exact
         return jnp.dtype("int16" if self.bits == 8 else "int8")
 

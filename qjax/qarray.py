@@ -152,7 +152,7 @@ def dequantize_stored(w: QArray) -> Array:
     return values if w.global_scale is None else values * w.global_scale
 
 
-def to_wgmma(w: QArray, *, pairs: bool = False) -> QArray:
+def to_wgmma(w: QArray, *, pairs: bool = False, eight_bit: bool = False) -> QArray:
     """The same array in "wgmma" storage, or experts (more than two axes) of MXFP4 in "wgmma8" storage.
 
     Every row gets the scale of its block, and groups of a multiple of 128 columns the scale of each 128 columns;
@@ -161,6 +161,7 @@ def to_wgmma(w: QArray, *, pairs: bool = False) -> QArray:
     Args:
         w: In the storage of checkpoints; others are returned as they are.
         pairs: Experts of MXFP4 in "wgmma8_pairs" storage instead: their even rows are a gate's.
+        eight_bit: INT4 in "wgmma8" storage, to meet 8-bit inputs.
 
     Raises:
         ValueError: If the format or the shape does not allow it.
@@ -172,7 +173,8 @@ def to_wgmma(w: QArray, *, pairs: bool = False) -> QArray:
     block_n, block_k = w.format.block_shape
     repeat = block_k // 128 if block_k != WHOLE and block_k % 128 == 0 else 1
     block_k = block_k // repeat
-    format = dataclasses.replace(w.format, block_shape=(block_n, block_k), storage="wgmma")
+    format = dataclasses.replace(w.format, block_shape=(block_n, block_k))
+    format = dataclasses.replace(format, storage="wgmma8" if eight_bit else "wgmma")
     format.storage_shape(w.shape)
     n = w.shape[-2]
     groups = 1 if block_k == WHOLE else -(-w.shape[-1] // block_k)
@@ -192,9 +194,13 @@ def to_wgmma(w: QArray, *, pairs: bool = False) -> QArray:
         codes = pack_bits((codes + jnp.int8(8)).astype(jnp.uint8), 4) if bits == 3 else codes
     if codes.dtype != jnp.uint8:
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    if eight_bit:
+        words = wgmma_layout.to_words8(codes, format.element)
+    else:
+        words = wgmma_layout.to_words(codes, format.stored_bits)
     return dataclasses.replace(
         w,
-        qvalue=wgmma_layout.to_words(codes, format.stored_bits),
+        qvalue=words,
         scale=by_rows(w.scale, format.stored_scale_dtype),
         zero_point=by_rows(w.zero_point, format.zero_point_dtype),
         minimum=by_rows(w.minimum, format.stored_scale_dtype),
@@ -206,7 +212,7 @@ def to_packed(w: QArray) -> QArray:
     """The same array in the storage of checkpoints: the inverse of `to_wgmma`, others as they are."""
     if not w.format.ordered:
         return w
-    if w.format.eight_bit:
+    if w.format.eight_bit and w.format.spec.is_float:
         return _from_wgmma8(w)
     format, bits = w.format.in_checkpoints, w.format.bits
     block_n = format.block_size(w.shape)[0]
@@ -219,7 +225,10 @@ def to_packed(w: QArray) -> QArray:
             return _bfloat16_to_e8m0(part)
         return part.astype(dtype)
 
-    codes = wgmma_layout.from_words(w.qvalue, w.format.stored_bits)
+    if w.format.storage == "wgmma8":
+        codes = wgmma_layout.from_words8(w.qvalue, w.format.element)
+    else:
+        codes = wgmma_layout.from_words(w.qvalue, w.format.stored_bits)
     if bits == 3:
         codes = pack((unpack_bits(codes, 4).astype(jnp.int8) - jnp.int8(8)), format)
     elif bits > 4:

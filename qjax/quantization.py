@@ -56,7 +56,8 @@ def quantize(
     format = qformat(format)
     if format.ordered:
         stored = quantize(x, format.in_checkpoints, grid=grid, rounding=rounding, dtype=dtype)
-        return to_wgmma(stored, pairs=format.storage == "wgmma8_pairs")
+        pairs = format.storage == "wgmma8_pairs"
+        return to_wgmma(stored, pairs=pairs, eight_bit=format.eight_bit)
     _check_input("quantize", x, format)
     if grid is None:
         _check_groups("quantize", x, format)

@@ -227,6 +227,7 @@ def _schemes() -> dict[str, QuantSpec]:
         "W2A16": QuantSpec(_group_int(2, 64)),
         "W8A16": QuantSpec(_group_int(8, 128)),
         "W4A8": QuantSpec(_group_int(4, 128), int8_token),
+        "W4AFP8": QuantSpec(_group_int(4, 128), fp8_token),
         "INT8": QuantSpec(channel_int8, int8_token),
         "W8A8": QuantSpec(channel_int8, int8_token),
         "FP8_BLOCK": QuantSpec(

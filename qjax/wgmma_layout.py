@@ -13,11 +13,12 @@ Codes of 2 and 4 bits (FP4 too) are those of "packed" storage; 3-bit codes are s
 the bytes of "plain" storage (two's complement or FP8), and integers of 5 to 7 bits are stored like that too. Scales
 of 64 rows lie together for each group of columns.
 
-"wgmma8" storage is for FP4 codes that become FP8 numbers: wgmma's fragment of a 64x32 matrix of 8-bit elements. Word
-``4 * thread + 2j + h`` holds row ``16w + 8h + r``, columns ``32j + 16p + 4q + i``. Magnitudes (three bits) start at
-bit 16p + 4i, where PRMT finds the selectors of four bytes; signs are bits 8i + 7 of the codes with p = 0, and
-8i + 3 of those with p = 1. "wgmma8_pairs" is the same for experts whose rows alternate between gate and up: blocks
-do so instead, so that a warpgroup with two blocks finds both of what an activation takes in one thread.
+"wgmma8" storage is for 4-bit codes that become 8-bit numbers: wgmma's fragment of a 64x32 matrix of 8-bit elements.
+Word ``4 * thread + 2j + h`` holds row ``16w + 8h + r``, columns ``32j + 16p + 4q + i``. INT4 codes start at bit 8i + 4p:
+a mask finds four bytes of numbers. Of FP4 codes, magnitudes (three bits) start at bit 16p + 4i, where PRMT finds the
+selectors of four bytes; signs are bits 8i + 7 of the codes with p = 0, and 8i + 3 of those with p = 1. "wgmma8_pairs"
+is the same for FP4 experts whose rows alternate between gate and up: blocks do so instead, so that a warpgroup with
+two blocks finds both of what an activation takes in one thread.
 """
 
 import jax.numpy as jnp
@@ -95,14 +96,19 @@ def from_words(words: Array, width: int = 4) -> Array:
     return b.reshape(*lead, row_blocks * BLOCK, column_blocks * BLOCK * width // 8)
 
 
-def to_words8(codes: Array) -> Array:
-    """int32 [..., N/64, K/64, 2, 256] of FP4 codes uint8 [..., N, K/2], the even column in the low nibble."""
+def to_words8(codes: Array, element: str = "float4_e2m1fn") -> Array:
+    """int32 [..., N/64, K/64, 2, 256] of 4-bit codes uint8 [..., N, K/2], the even column in the low nibble.
+
+    Args:
+        codes: Raw FP4, or u = q + 8 of INT4.
+        element: "float4_e2m1fn" or "int4".
+    """
     *lead, n, half = codes.shape
     b = codes.reshape(-1, n // BLOCK, 4, 2, 8, half * 2 // BLOCK, 2, 2, 4, 2)
     # Axes: row block, column block, warp, row, quad of columns, 32 columns, row half, 16 columns, byte.
     b = b.transpose(0, 1, 5, 2, 4, 8, 6, 3, 7, 9).astype(jnp.uint32)
     words = jnp.zeros(b.shape[:-2], jnp.uint32)
-    for p, i, magnitude, sign in _fp4_fields():
+    for p, i, magnitude, sign in _fields8(element):
         code = b[..., p, i // 2] >> jnp.uint32(4 * (i % 2))
         words |= (code & jnp.uint32(7)) << jnp.uint32(magnitude)
         words |= ((code >> jnp.uint32(3)) & jnp.uint32(1)) << jnp.uint32(sign)
@@ -110,13 +116,13 @@ def to_words8(codes: Array) -> Array:
     return lax.bitcast_convert_type(words, jnp.int32).reshape(*lead, *shape)
 
 
-def from_words8(words: Array) -> Array:
+def from_words8(words: Array, element: str = "float4_e2m1fn") -> Array:
     """The inverse of `to_words8`."""
     *lead, row_blocks, column_blocks, _, _ = words.shape
     w = lax.bitcast_convert_type(words, jnp.uint32)
     w = w.reshape(-1, row_blocks, column_blocks, 4, 8, 4, 2, 2)
     out = [[jnp.zeros(w.shape, jnp.uint8)] * 2 for _ in range(2)]
-    for p, i, magnitude, sign in _fp4_fields():
+    for p, i, magnitude, sign in _fields8(element):
         code = (w >> jnp.uint32(magnitude)) & jnp.uint32(7)
         code |= ((w >> jnp.uint32(sign)) & jnp.uint32(1)) << jnp.uint32(3)
         out[p][i // 2] |= (code << jnp.uint32(4 * (i % 2))).astype(jnp.uint8)
@@ -139,9 +145,12 @@ def unpair_rows(values: Array) -> Array:
     return b.swapaxes(-3, -2).reshape(values.shape)
 
 
-def _fp4_fields():
-    """(p, i, first bit of the magnitude, bit of the sign) of a word's codes."""
-    return [(p, i, 16 * p + 4 * i, 8 * i + 7 - 4 * p) for p in (0, 1) for i in range(4)]
+def _fields8(element: str):
+    """(p, i, first bit of a code's lower three, bit of its fourth) of a word's codes."""
+    places = [(p, i) for p in (0, 1) for i in range(4)]
+    if element == "int4":
+        return [(p, i, 8 * i + 4 * p, 8 * i + 4 * p + 3) for p, i in places]
+    return [(p, i, 16 * p + 4 * i, 8 * i + 7 - 4 * p) for p, i in places]
 
 
 def to_row_blocks(values: Array) -> Array:

@@ -140,7 +140,8 @@ class Emulator:
         """A block of bitwise and 16-bit floating instructions on registers t and u; outputs come first."""
         lines = [line.removesuffix(";") for line in text.split("\n")[1:-1]]
         lines = [line for line in lines if not line.startswith(".reg")]
-        outputs = {f"${i}" for line in lines for i in range(4) if f" ${i}," in line}
+        targets = {line.split()[1].removesuffix(",") for line in lines}
+        outputs = {name for name in targets if name.startswith("$")}
         registers = {f"${len(outputs) + i}": v.view(np.uint32) for i, v in enumerate(x)}
 
         def value(name: str) -> np.ndarray:
@@ -159,6 +160,16 @@ class Emulator:
                     found = a >> others[0]
                 case ["and", _]:
                     found = a & others[0]
+                case ["xor", _]:
+                    found = a ^ others[0]
+                case ["add", "u32"]:
+                    found = a + others[0]
+                case ["sub", "u32"]:
+                    found = a - others[0]
+                case ["vabsdiff4", *_]:
+                    pairs = [np.ascontiguousarray(v)[:, None].view(np.uint8) for v in (a, others[0])]
+                    found = np.abs(np.subtract(*pairs, dtype=np.int16)).astype(np.uint8)
+                    found = np.ascontiguousarray(found).view(np.uint32)[:, 0]
                 case ["lop3", _]:
                     b, c, table = others
                     terms = [
@@ -257,6 +268,7 @@ def minterm(i: int, a, b, c) -> np.ndarray:
 
 def dtype_of(element: ir.Type) -> np.dtype:
     names = {"f8E4M3FN": E4M3, "bf16": BF16, "f16": F16, "f32": np.float32, "i32": np.int32}
+    names["i8"] = np.int8
     return np.dtype(names[str(element)])
 
 
@@ -281,6 +293,13 @@ def places(layout, shape) -> list[tuple[np.ndarray, ...]]:
     rows = [(16 * WARP + GROUP + 8 * half)[:, None] for half in range(2)]
     if len(shape) == 1:
         return [(row,) for row in rows]
+    if layout == fa.WGMMA_LAYOUT_8BIT:
+        columns = (4 * MEMBER)[:, None] + np.arange(4)
+        return [
+            (row + 0 * columns, 16 * tile + columns)
+            for tile in range(shape[1] // 16)
+            for row in rows
+        ]
     columns = (2 * MEMBER)[:, None] + np.arange(2)
     return [
         (row + 0 * columns, 8 * tile + columns) for tile in range(shape[1] // 8) for row in rows

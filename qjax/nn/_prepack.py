@@ -21,7 +21,8 @@ def prepack(model: nnx.Module) -> int:
     """Gives every `Linear` and `ExpertLinear` whose weight a kernel takes re-laid out that layout, in place.
 
     One weight at a time, so memory never holds more than one twice. Weights whose shards would cut a block of
-    64 rows or columns, and such that no kernel re-lays out, stay as they are (`qjax.prepack`).
+    64 rows or columns, and such that no kernel re-lays out, stay as they are (`qjax.prepack`). INT4 weights that
+    meet 8-bit inputs are re-laid out where the layer asks for kernels by name: nothing else reads that layout fast.
 
     Args:
         model: A loaded model; export and checkpoints undo the layout where they need to.
@@ -43,7 +44,10 @@ def _takes(module: Linear | ExpertLinear, w: QArray) -> bool:
     if not prepackable(w) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
         return False
     inputs = module.activation_format
-    if inputs is not None and not (_fp4_experts(w) and inputs.format.block_shape == (1, WHOLE)):
+    if inputs is not None and not (
+        (_fp4_experts(w) and inputs.format.block_shape == (1, WHOLE))
+        or (module.implementation == "pallas_mosaic_gpu" and prepackable(w, inputs.format))
+    ):
         return False
     return all(
         size // BLOCK % module.sharding.size(axis) == 0
@@ -60,7 +64,7 @@ def _convert(module: Linear | ExpertLinear, w: QArray) -> QArray:
     pairs = isinstance(module, ExpertLinear) and module.alternating
     if w.shape[-2] % (2 * BLOCK * module.sharding.size(module.out_axis)):
         pairs = False  # a pair of blocks would be cut
-    convert = functools.partial(prepack_array, pairs=pairs)
+    convert = functools.partial(prepack_array, activation=module.activation_format, pairs=pairs)
     if mesh is None:
         return jax.jit(convert)(w)
     lead = (module.expert_axis,) if isinstance(module, ExpertLinear) else ()

@@ -119,15 +119,20 @@ def _kernel_product(
     operand=None,
 ) -> Array | None:
     """The product [M, N] by a kernel, or None where XLA is to compute it."""
+    kernel, _ = kernel_of(x, w, activation_format, out_dtype)
     reason = unsupported_reason(x, w, activation_format=activation_format, out_dtype=out_dtype)
     if reason is None and implementation is None and device_reason("9.0"):
         reason = (
             "the kernel for compute capability 8 must be asked for: "
             'implementation="pallas_mosaic_gpu"'
         )
+    if reason is None and implementation is None and kernel == "w4a8":
+        reason = (
+            "the kernel of INT4 weights and 8-bit inputs must be asked for, it was compiled and interpreted but "
+            'has not been run on a GPU: implementation="pallas_mosaic_gpu"'
+        )
     if choose("dot", implementation, reason) != "pallas_mosaic_gpu":
         return None
-    kernel, _ = kernel_of(x, w, activation_format, out_dtype)
     assert kernel is not None
     return product(
         kernel,

@@ -11,13 +11,18 @@ from jax.typing import DTypeLike
 
 from qjax.formats import WHOLE, ActivationFormat, QFormat
 from qjax.ops._dispatch import choose, device_reason, num_sms
-from qjax.pallas_kernels import fp8_quantize_sm90, mixed_gemm_sm80, mixed_gemm_sm90
+from qjax.pallas_kernels import (
+    fp8_quantize_sm90,
+    mixed_gemm_sm80,
+    mixed_gemm_sm90,
+    w4a8_gemm_sm90,
+)
 from qjax.pallas_kernels import fp8_rowwise_gemm_sm90 as fp8_gemm
 from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
 from qjax.qarray import QArray, decode_scale, to_wgmma
 from qjax.quantization import quantize_activation
 
-Kernel = Literal["fp8_block", "fp8_row", "mixed"]
+Kernel = Literal["fp8_block", "fp8_row", "mixed", "w4a8"]
 
 AMPERE = ("8.0", "8.6", "8.7", "8.9")
 """Compute capabilities whose GPUs have `mixed_gemm_sm80` for weights with 16-bit inputs."""
@@ -38,8 +43,14 @@ def kernel_of(
     act = x.format if isinstance(x, QArray) else activation_format and activation_format.format
     if w.format.storage == "wgmma":
         return _mixed_kernel(m, n, k, x, w, act, out_dtype)
+    if w.format.storage == "wgmma8":
+        return _w4a8_kernel(m, n, k, w, act, out_dtype)
     if act is None and prepackable(w):
         return None, "the weight has a checkpoint's layout: qjax.prepack(w) once for the kernel"
+    if prepackable(w, act):
+        return None, (
+            "the weight has a checkpoint's layout: qjax.prepack(w, activation) once for the kernel"
+        )
     if w.format.element.startswith("float8"):
         kernel = fp8_pair(w.format, act)
         if kernel is None or act is None:
@@ -78,6 +89,36 @@ def _mixed_kernel(m, n, k, x, w: QArray, act, out_dtype) -> tuple[Kernel | None,
         scale_dtype=w.scale.dtype,
     )
     return (None, reason) if reason else ("mixed", "")
+
+
+def _w4a8_kernel(m, n, k, w: QArray, act, out_dtype) -> tuple[Kernel | None, str]:
+    if not w4a8_pair(w.format, act, k):
+        return None, f"no kernel for {describe(w.format)} weights with {describe(act)} inputs"
+    assert act is not None
+    reason = w4a8_gemm_sm90.unsupported_reason(
+        m,
+        n,
+        k,
+        group_size=w.format.block_size(w.shape)[1],
+        x_dtype=act.element,
+        scale_dtype=w.scale.dtype,
+        out_dtype=out_dtype,
+    )
+    return (None, reason) if reason else ("w4a8", "")
+
+
+def w4a8_pair(weights: QFormat, inputs: QFormat | None, k: int) -> bool:
+    """Whether INT4 weights [N, k] meet int8 or e4m3 inputs, whose scales are those of tokens or one for all."""
+    if inputs is None or inputs.element not in w4a8_gemm_sm90.X_DTYPES:
+        return False
+    return (
+        weights.element == "int4"
+        and weights.offset != "minimum"
+        and inputs.block_shape[0] in (1, WHOLE)
+        and inputs.block_shape[1] in (WHOLE, k)
+        and inputs.offset is None
+        and not inputs.global_scale
+    )
 
 
 def _stored_element(format: QFormat) -> str:
@@ -174,9 +215,25 @@ def _run(static: _Static, x, w: QArray, bias, activation_scale, operand) -> Arra
             num_sms=num_sms(),
         )
     m = x.shape[0]
-    if operand is None:
+    if operand is None and static.kernel == "w4a8" and isinstance(x, QArray):
+        operand = x.qvalue, decode_scale(x.scale).reshape(-1)
+    elif operand is None:
         operand = quantized_operand(x, static.activation_format, activation_scale)
     codes, x_scale = operand
+    if static.kernel == "w4a8":
+        return w4a8_gemm_sm90.w4a8_gemm(
+            codes,
+            x_scale,
+            w.qvalue,
+            w.scale,
+            w.zero_point,
+            n=w.shape[0],
+            group_size=w.format.block_size(w.shape)[1],
+            m=m,
+            bias=bias,
+            out_dtype=static.out_dtype,
+            num_sms=num_sms(),
+        )
     w_scale = decode_scale(w.scale)
     if static.kernel == "fp8_row":
         w_scale = w_scale.reshape(-1)
@@ -200,7 +257,12 @@ def quantized_operand(
     *,
     implementation: str | None = None,
 ):
-    """Codes [M', K] and scales as the FP8 products read them; `implementation` "xla" uses no kernel."""
+    """Codes [M', K] and scales as the 8-bit products read them; `implementation` "xla" uses no kernel.
+
+    Integers have no kernel: XLA fuses their quantization into one for the scales and one for the codes.
+    """
+    if not isinstance(x, QArray) and activation is not None and not activation.format.spec.is_float:
+        x = quantize_activation(x, activation, scale=scale)
     if not isinstance(x, QArray):
         assert activation is not None
         m, k = x.shape
@@ -233,24 +295,33 @@ def quantized_operand(
     return x.qvalue, jnp.pad(x_scale.T, ((0, 0), (0, -x.shape[0] % 4)))
 
 
-def prepack(w: QArray, *, pairs: bool = False) -> QArray:
-    """The weight in the layout of the kernel that multiplies it with 16-bit inputs, done once where a model is loaded.
+def prepack(
+    w: QArray, activation: ActivationFormat | None = None, *, pairs: bool = False
+) -> QArray:
+    """The weight in the layout of the kernel that multiplies it, done once where a model is loaded.
 
     Integers of 2 to 8 bits, FP8 and MXFP4 in groups of 32, 64, a multiple of 128 or all columns get "wgmma" storage if
     N and K are multiples of 64; of experts [E, N, K], MXFP4 ("wgmma8") and symmetric INT4 do. Other arrays are
     returned as they are. The values are the same. Weights that meet quantized inputs keep their layout, but for
-    experts of MXFP4: don't prepack those.
+    experts of MXFP4 (don't prepack others) and INT4 that meets `activation`.
 
     Args:
         w: [..., N, K].
+        activation: What x is quantized to, if the weight has two axes: with int8 or e4m3 and a scale for each token,
+            or one, INT4 gets "wgmma8" storage; with others, weights stay as they are.
         pairs: The even rows are a gate's, the odd ones what it gates: MXFP4 experts get "wgmma8_pairs" storage for
             `gated_ragged_dot` if N is a multiple of 128.
     """
+    if activation is not None and w.ndim == 2:
+        return to_wgmma(w, eight_bit=True) if prepackable(w, activation.format) else w
     return to_wgmma(w, pairs=pairs and w.shape[-2] % 128 == 0) if prepackable(w) else w
 
 
-def prepackable(w: QArray) -> bool:
-    """Whether `prepack` re-lays this array out."""
+def prepackable(w: QArray, inputs: QFormat | None = None) -> bool:
+    """Whether `prepack` re-lays this array out: for 16-bit inputs, or INT4 for `inputs`."""
+    if inputs is not None:
+        pair = w.ndim == 2 and w4a8_pair(w.format, inputs, w.shape[1])
+        return pair and w.format.scale_dtype in w4a8_gemm_sm90.SCALE_DTYPES and prepackable(w)
     f, (n, k) = w.format, w.shape[-2:]
     block_k = f.block_shape[1]
     if w.ndim > 2:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from qjax.formats import WHOLE, ActivationFormat
 from qjax.ops._activation import silu_mul
 from qjax.ops._dispatch import device_reason
-from qjax.ops._dot_kernels import fp8_pair, quantized_operand
+from qjax.ops._dot_kernels import fp8_pair, quantized_operand, w4a8_pair
 from qjax.pallas_kernels import fp8_quantize_fused_sm90 as fused
 from qjax.qarray import QArray
 
@@ -67,7 +67,9 @@ def takes_quantized_input(w: Array | QArray, activation: ActivationFormat | None
     if not isinstance(w, QArray) or activation is None or w.column_perm is not None:
         return False
     inputs = activation.format
-    if fp8_pair(w.format, inputs) is None or inputs.scale_dtype != "float32":
+    w4a8 = w.format.storage == "wgmma8" and w4a8_pair(w.format, inputs, w.shape[-1])
+    fp8 = inputs.element.startswith("float8") and (w4a8 or fp8_pair(w.format, inputs) is not None)
+    if not fp8 or inputs.scale_dtype != "float32":
         return False
     return activation.static == (inputs.block_shape[0] == WHOLE)
 
