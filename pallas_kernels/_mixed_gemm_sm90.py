@@ -291,7 +291,9 @@ def _kernel(
                         plgpu.barrier_arrive(empty.at[slot])
                     scaled = part.astype(jnp.float32)
                     if grouped:
-                        scaled = scaled * spread(row_values(smem["scale_smem"].at[slot, mine, group]))
+                        scaled = scaled * spread(
+                            row_values(smem["scale_smem"].at[slot, mine, group])
+                        )
                         if first + width == config.depth:
                             plgpu.barrier_arrive(empty.at[slot])
                     total = lax.optimization_barrier(total + scaled)

@@ -12,7 +12,7 @@ instructions of the integer pipe, 64 lanes of which an SM has a clock; float32 o
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -92,8 +92,12 @@ def _emit(words, offset, first: int, shape, dtype) -> fa.FragmentedArray:
                 llvm.StructType.get_literal([i32] * 2), [code, *inputs[half]], ptx, constraints
             )
             for p in (0, 1):  # of each 32 columns, the lower and the upper 16
-                flat[4 * g + 2 * p + half] = utils.bitcast(llvm.extractvalue(i32, results, [p]), quad)
-    return fa.FragmentedArray(_registers=out, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=integers or None)
+                flat[4 * g + 2 * p + half] = utils.bitcast(
+                    llvm.extractvalue(i32, results, [p]), quad
+                )
+    return fa.FragmentedArray(
+        _registers=out, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=integers or None
+    )
 
 
 def _repeated(offset, half: int) -> ir.Value:

@@ -22,7 +22,9 @@ from qjax.wgmma_layout import BLOCK
 
 _GHZ = 1.7
 _MEMORY, _L2 = 18.0, 44.0  # bytes a clock of each SM
-_GROUP_CLOCKS = 100.0  # latencies that a group adds: loads from shared memory, first sums of a product
+_GROUP_CLOCKS = (
+    100.0  # latencies that a group adds: loads from shared memory, first sums of a product
+)
 _STEP_CLOCKS = 60.0  # barriers
 
 
@@ -98,9 +100,7 @@ def step_clocks(config: TileConfig, cost: Costs) -> float:
     return max(*pipes, loaded / _L2, chain) + _STEP_CLOCKS
 
 
-def modelled_us(
-    config: TileConfig, m: int, n: int, k: int, cost: Costs, *, num_sms: int
-) -> float:
+def modelled_us(config: TileConfig, m: int, n: int, k: int, cost: Costs, *, num_sms: int) -> float:
     """Microseconds of rounds of steps, or of reading the weights; a launch and the sums' ends as `mixed_gemm`'s."""
     # Not every group of four SMs is free of others' borders.
     clusters = max(num_sms // config.splits * (3 if config.splits == 4 else 4) // 4, 1)

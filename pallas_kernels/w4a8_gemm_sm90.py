@@ -10,8 +10,8 @@ fewer bits than float32 has, are promoted to float32 after each group or 128 col
 Weights are in "wgmma8" storage (`qjax.wgmma_layout`). The kernel is that of `mixed_gemm_sm90`, which draws its warp
 groups, barriers and sums over parts, splits and clusters; three things differ. A stage's x is 8 bits wide, so 128
 columns are one swizzled row. Codes become 8-bit numbers in registers by 3 instructions for each 8 weights (int8
-without zero points), 7 (with) or 9 (FP8): `_w4a8_registers_sm90`. And a tile's sums are multiplied by the tokens' scales
-before they are stored. `_w4a8_tiles_sm90` chooses the tile.
+without zero points), 7 (with) or 9 (FP8): `_w4a8_registers_sm90`. And a tile's sums are multiplied by the tokens'
+scales before they are stored. `_w4a8_tiles_sm90` chooses the tile.
 """
 
 import jax

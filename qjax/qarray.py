@@ -173,8 +173,8 @@ def to_wgmma(w: QArray, *, pairs: bool = False, eight_bit: bool = False) -> QArr
     block_n, block_k = w.format.block_shape
     repeat = block_k // 128 if block_k != WHOLE and block_k % 128 == 0 else 1
     block_k = block_k // repeat
-    format = dataclasses.replace(w.format, block_shape=(block_n, block_k))
-    format = dataclasses.replace(format, storage="wgmma8" if eight_bit else "wgmma")
+    storage = "wgmma8" if eight_bit else "wgmma"
+    format = dataclasses.replace(w.format, block_shape=(block_n, block_k), storage=storage)
     format.storage_shape(w.shape)
     n = w.shape[-2]
     groups = 1 if block_k == WHOLE else -(-w.shape[-1] // block_k)

@@ -14,11 +14,11 @@ the bytes of "plain" storage (two's complement or FP8), and integers of 5 to 7 b
 of 64 rows lie together for each group of columns.
 
 "wgmma8" storage is for 4-bit codes that become 8-bit numbers: wgmma's fragment of a 64x32 matrix of 8-bit elements.
-Word ``4 * thread + 2j + h`` holds row ``16w + 8h + r``, columns ``32j + 16p + 4q + i``. INT4 codes start at bit 8i + 4p:
-a mask finds four bytes of numbers. Of FP4 codes, magnitudes (three bits) start at bit 16p + 4i, where PRMT finds the
-selectors of four bytes; signs are bits 8i + 7 of the codes with p = 0, and 8i + 3 of those with p = 1. "wgmma8_pairs"
-is the same for FP4 experts whose rows alternate between gate and up: blocks do so instead, so that a warpgroup with
-two blocks finds both of what an activation takes in one thread.
+Word ``4 * thread + 2j + h`` holds row ``16w + 8h + r``, columns ``32j + 16p + 4q + i``. INT4 codes start at bit
+8i + 4p: a mask finds four bytes of numbers. Of FP4 codes, magnitudes (three bits) start at bit 16p + 4i, where PRMT
+finds the selectors of four bytes; signs are bits 8i + 7 of the codes with p = 0, and 8i + 3 of those with p = 1.
+"wgmma8_pairs" is the same for FP4 experts whose rows alternate between gate and up: blocks do so instead, so that a
+warpgroup with two blocks finds both of what an activation takes in one thread.
 """
 
 import jax.numpy as jnp

@@ -20,6 +20,7 @@ import _bench_mixed_gemm as mixed
 import _bench_mixed_gemm_sm80 as ampere
 import _bench_mixed_grouped_gemm as experts
 import _bench_prefill_attention as prefill
+import _bench_w4a8_gemm as w4a8
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,6 +272,7 @@ def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
             ampere.NK,
             tokens,
         ),
+        "w4a8_gemm": made(w4a8.product_case, w4a8.PRODUCTS),
         "mixed_gated_grouped_gemm": made(
             experts.grouped_case, experts.grouped_cases(True), gated=True
         ),
@@ -355,6 +357,11 @@ def tilings(op: str, m: int, n: int, k: int) -> list[tuple[float, Callable[[], C
             (int4.modelled_us(c, m, n, k, num_sms=num_sms), partial(int4_case, m, n, k, 128, c), c)
             for c in int4.candidate_tiles(m, k, scale_bytes=2 / 128)
         ]
+    elif op in w4a8.X_DTYPES:
+        rows = [
+            (us, partial(lambda *a: Case(**w4a8.product_case(*a)), op, m, n, k, c), c)
+            for us, c in w4a8.tilings(op, m, n, k, num_sms=num_sms)
+        ]
     else:
         fp8 = _fp8_gemm_sm90
         rows = [
@@ -370,7 +377,8 @@ def tilings(op: str, m: int, n: int, k: int) -> list[tuple[float, Callable[[], C
 
 def sweep(op: str, tokens: Sequence[int], calls: int, most: int, console: Console) -> None:
     """Prints the times of the candidate tilings beside their model, of which the first is what the op chooses."""
-    for n, k in INT4_NK if op == "int4_gemm" else DEEPSEEK_NK:
+    sizes = {"int4_gemm": INT4_NK, **dict.fromkeys(w4a8.X_DTYPES, w4a8.NK)}
+    for n, k in sizes.get(op, DEEPSEEK_NK):
         for m in tokens:
             rows = tilings(op, m, n, k)[:most]
             cases = compiled([make for _, make, _ in rows])
@@ -435,7 +443,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     console = Console(width=160)
     if arguments.sweep:
-        for op in set(arguments.ops) & {"fp8_block_gemm", "fp8_rowwise_gemm", "int4_gemm"}:
+        swept = {op: (op,) for op in ("fp8_block_gemm", "fp8_rowwise_gemm", "int4_gemm")}
+        swept["w4a8_gemm"] = tuple(w4a8.X_DTYPES)
+        for op in [name for op in arguments.ops for name in swept.get(op, ())]:
             sweep(op, arguments.tokens, arguments.calls, arguments.sweep, console)
         return
     commit = subprocess.run(

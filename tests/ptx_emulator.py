@@ -167,7 +167,9 @@ class Emulator:
                 case ["sub", "u32"]:
                     found = a - others[0]
                 case ["vabsdiff4", *_]:
-                    pairs = [np.ascontiguousarray(v)[:, None].view(np.uint8) for v in (a, others[0])]
+                    pairs = [
+                        np.ascontiguousarray(v)[:, None].view(np.uint8) for v in (a, others[0])
+                    ]
                     found = np.abs(np.subtract(*pairs, dtype=np.int16)).astype(np.uint8)
                     found = np.ascontiguousarray(found).view(np.uint32)[:, 0]
                 case ["lop3", _]:

@@ -85,6 +85,18 @@ def test_a_record_of_the_ampere_product(on_cpu):
     assert record.op == "mixed_gemm_sm80" and 0 < record.error <= 2e-3
 
 
+@pytest.mark.parametrize("name", bench.w4a8.X_DTYPES)
+def test_a_w4a8_products_record(name, on_cpu):
+    case = bench.Case(**bench.w4a8.product_case(name, 3, 64, 256))
+    with testing.interpret(detect_races=False):
+        record = bench.measure(case, CEILINGS, {}, STAMP, calls=3)
+    assert 0 < record.error <= 2e-3
+    expected_bytes = 64 * 128 + 2 * 64 * 2 + 3 * (256 + 2 * 64 + 4)
+    assert record.gb_s == pytest.approx(expected_bytes / 10 * 1e-3)
+    tilings = bench.w4a8.tilings(name, 16, 4096, 4096, num_sms=132)
+    assert len(tilings) > 3 and all(us > 3 for us, _ in tilings)
+
+
 @pytest.mark.parametrize("op", ["fp8_quantize_1x128", "fp8_quantize_per_token"])
 def test_a_quantizers_record(op, on_cpu):
     with testing.interpret(detect_races=False):

@@ -45,7 +45,10 @@ def weights(codes, scale, zero_point, group):
     """(q - zero_point) * scale in float32."""
     fields = np.stack([np.asarray(codes) & 15, np.asarray(codes) >> 4], axis=-1)
     q = fields.reshape(codes.shape[0], -1).astype(np.float32) - 8
-    spread = lambda values: np.repeat(np.asarray(values, np.float32), group, axis=1)[:, : q.shape[1]]  # noqa: E731
+
+    def spread(values):
+        return np.repeat(np.asarray(values, np.float32), group, axis=1)[:, : q.shape[1]]
+
     return (q - (0 if zero_point is None else spread(zero_point))) * spread(scale)
 
 
@@ -131,7 +134,9 @@ def extreme(x_dtype, m=5, n=64, k=256, group=64):
     x, _, codes, scale, zero_point, _ = operands(m, n, k, group, x_dtype=x_dtype, zeros=True)
     rng = np.random.default_rng(0)
     x_scale = jnp.asarray(10 ** rng.uniform(-8, 8, m), jnp.float32)
-    scale = jnp.asarray(10 ** rng.uniform(-8, 8, scale.shape), jnp.float32) * jnp.sign(scale.astype(jnp.float32))
+    scale = jnp.asarray(10 ** rng.uniform(-8, 8, scale.shape), jnp.float32) * jnp.sign(
+        scale.astype(jnp.float32)
+    )
     largest = jnp.asarray(127 if x_dtype == INT8 else 448, x.dtype)
     x = jnp.where(jnp.arange(m)[:, None] == 1, largest, x)
     return (x, x_scale, codes, scale, zero_point, jnp.zeros(n)), group

@@ -105,7 +105,7 @@ def test_the_kernel_must_be_asked_for():
         ):
             with pytest.raises(ValueError, match=message):
                 qjax.dot(x, weight, activation_format=activation, implementation=KERNEL)
-        with pytest.raises(ValueError, match="the output must be one of .*float32"):
+        with pytest.raises(ValueError, match=r"the output must be one of .*float32"):
             wide = dict(out_dtype=jnp.float32, implementation=KERNEL)
             qjax.dot(x, packed, activation_format=spec.activations, **wide)
 
