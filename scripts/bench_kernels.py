@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import functools
+import itertools
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -445,8 +446,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.sweep:
         swept = {op: (op,) for op in ("fp8_block_gemm", "fp8_rowwise_gemm", "int4_gemm")}
         swept["w4a8_gemm"] = tuple(w4a8.X_DTYPES)
-        for op in [name for op in arguments.ops for name in swept.get(op, ())]:
-            sweep(op, arguments.tokens, arguments.calls, arguments.sweep, console)
+        for name in itertools.chain(*(swept.get(op, ()) for op in arguments.ops)):
+            sweep(name, arguments.tokens, arguments.calls, arguments.sweep, console)
         return
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
