@@ -133,8 +133,17 @@ def w4a8_gemm(
         ValueError: If shapes or dtypes are not those above, or `unsupported_reason` has a reason.
     """
     m, k = _check(
-        x, x_scale, codes, scale, zero_point, n=n, group_size=group_size, m=m, bias=bias, out_dtype=out_dtype
-    )  # fmt: skip
+        x,
+        x_scale,
+        codes,
+        scale,
+        zero_point,
+        n=n,
+        group_size=group_size,
+        m=x.shape[0] if m is None and x.ndim else m,
+        bias=bias,
+        out_dtype=out_dtype,
+    )
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
     if config is None:
         cost = costs(
@@ -145,7 +154,7 @@ def w4a8_gemm(
             scale_bytes=scale.dtype.itemsize,
         )
         config = choose_tiles(m, n, k, cost, num_sms=num_sms)
-    elif config.depth % 128:
+    elif config.depth not in (128, 256):
         raise ValueError(f"w4a8_gemm: depth must be 128 or 256; found {config}")
     if m > 8 and x.shape[0] % 8:  # a tiled TMA copy wants the array's rows in whole tiles
         x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
@@ -168,7 +177,9 @@ def w4a8_gemm(
     )
 
 
-def _check(x, x_scale, codes, scale, zero_point, *, n, group_size, m, bias, out_dtype):
+def _check(
+    x, x_scale, codes, scale, zero_point, *, n, group_size, m, bias, out_dtype
+) -> tuple[int, int]:
     """M and K.
 
     Raises:
@@ -185,7 +196,6 @@ def _check(x, x_scale, codes, scale, zero_point, *, n, group_size, m, bias, out_
     if x.ndim != 2:
         raise ValueError(f"w4a8_gemm: x must be [M, K]; found {list(x.shape)}")
     rows, k = x.shape
-    m = rows if m is None else m
     if m > rows:
         raise ValueError(f"w4a8_gemm: x has {rows} rows, fewer than the {m} tokens")
     reason = unsupported_reason(

@@ -444,7 +444,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     console = Console(width=160)
     if arguments.sweep:
-        swept = {op: (op,) for op in ("fp8_block_gemm", "fp8_rowwise_gemm", "int4_gemm")}
+        swept: dict[str, tuple[str, ...]] = {
+            op: (op,) for op in ("fp8_block_gemm", "fp8_rowwise_gemm", "int4_gemm")
+        }
         swept["w4a8_gemm"] = tuple(w4a8.X_DTYPES)
         for name in itertools.chain(*(swept.get(op, ()) for op in arguments.ops)):
             sweep(name, arguments.tokens, arguments.calls, arguments.sweep, console)
