@@ -1,7 +1,8 @@
 """Cases of FP8 training for `bench_kernels`: Llama-3.1-8B's linear layers, each with its three products.
 
 Of a layer [N, K] with T tokens: the forward pass and the input's gradient are `fp8_block_gemm`, summed over K and N;
-the weight's gradient is `fp8_wgrad_gemm`, summed over T. `fp8_quantize_both_axes` prepares activations and gradients.
+the weight's gradient is `fp8_wgrad_gemm`, summed over T. `fp8_quantize_both_axes` prepares activations and gradients,
+`fp8_quantize_128x128` float32 weights.
 """
 
 import functools
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.pallas_kernels.fp8_block_gemm_sm90 import fp8_block_gemm
+from qjax.pallas_kernels.fp8_quantize_128x128_sm90 import fp8_quantize_128x128
 from qjax.pallas_kernels.fp8_quantize_both_axes_sm90 import fp8_quantize_both_axes
 from qjax.pallas_kernels.fp8_wgrad_gemm_sm90 import WgradTileConfig, fp8_wgrad_gemm
 
@@ -138,5 +140,30 @@ def quantize_case(tokens: int, n: int) -> dict:
         error=lambda out: float(error_of(out, x)),
         flops=0.0,
         nbytes=4.0 * tokens * n + 8 * tokens * n / 128,
+        unit="copy",
+    )
+
+
+def weight_case(n: int, k: int) -> dict:
+    """A benchmark case of the weights' quantizer on float32; its error is infinite if the two orders differ."""
+    w = jax.random.normal(jax.random.key(n + k), (n, k))
+
+    @jax.jit
+    def error_of(out, w):
+        codes, transposed, scale = out
+        scale = jnp.repeat(jnp.repeat(scale, 128, axis=0), 128, axis=1)[:n, :k]
+        same = jnp.all(codes.T.astype(jnp.float32) == transposed.astype(jnp.float32))
+        error = relative_error(codes.astype(jnp.float32) * scale, w)
+        return jnp.where(same, error, jnp.inf)
+
+    return dict(
+        op="fp8_quantize_128x128",
+        format="fp8_e4m3_128x128",
+        shape={"n": n, "k": k},
+        fn=jax.jit(fp8_quantize_128x128),
+        args=(w,),
+        error=lambda out: float(error_of(out, w)),
+        flops=0.0,
+        nbytes=6.0 * n * k + 4 * n * k / 128**2,
         unit="copy",
     )

@@ -287,6 +287,7 @@ def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
         "fp8_training_gemm": made(training.product_case, training.PRODUCTS),
         "fp8_wgrad_gemm": made(training.wgrad_case, training.WGRADS),
         "fp8_quantize_both_axes": made(training.quantize_case, training.QUANTIZED),
+        "fp8_quantize_128x128": made(training.weight_case, training.LLAMA),
         "fp8_quantize_1x128": quantizer("fp8_quantize_1x128"),
         "fp8_quantize_per_token": quantizer("fp8_quantize_per_token"),
     }

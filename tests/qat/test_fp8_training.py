@@ -78,9 +78,10 @@ def test_dw_runs_on_kernels_only_where_they_are_asked_for():
         with simulate_gpu():
             return str(jax.make_jaxpr(jax.grad(loss))(w))
 
-    assert "fp8_wgrad_gemm" not in kernels(None, x)
-    assert "fp8_block_gemm" in kernels(None, x)
-    assert "fp8_wgrad_gemm" in kernels("pallas_mosaic_gpu", x)
+    default, asked = kernels(None, x), kernels("pallas_mosaic_gpu", x)
+    assert "fp8_block_gemm" in default and "fp8_wgrad_gemm" not in default
+    assert "preferred_element_type=float32" in default  # dw of bfloat16 operands
+    assert all(f"fp8_{op}" in asked for op in ("wgrad_gemm", "quantize_both_axes", "quantize_128x128"))
     assert "pallas" not in kernels("xla", x)
     with pytest.raises(ValueError, match=r"fp8_dot: .* x must be one of .*; found float32"):
         kernels("pallas_mosaic_gpu", x.astype(jnp.float32))
@@ -93,7 +94,7 @@ def test_gpu_gradients_match_the_reference():
         dy = normal(tokens, n, seed=2, scale=1e-6).astype(jnp.bfloat16)
         for element in ("float8_e4m3fn", "float8_e5m2"):
             results = []
-            for implementation in ("pallas_mosaic_gpu", "xla"):
+            for implementation in ("pallas_mosaic_gpu", None, "xla"):
 
                 @jax.jit
                 def differentiate(x, w, dy, element=element, implementation=implementation):
@@ -102,9 +103,10 @@ def test_gpu_gradients_match_the_reference():
                     return y, *pullback(dy)
 
                 results.append(differentiate(x, w, dy))
-            for a, b in zip(*results, strict=True):
-                a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-                assert jnp.linalg.norm(a - b) / jnp.linalg.norm(b) <= 3e-3
+            for found in results[:2]:
+                for a, b in zip(found, results[2], strict=True):
+                    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+                    assert jnp.linalg.norm(a - b) / jnp.linalg.norm(b) <= 3e-3
 
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 33)), jnp.int32)
