@@ -81,7 +81,9 @@ def test_dw_runs_on_kernels_only_where_they_are_asked_for():
     default, asked = kernels(None, x), kernels("pallas_mosaic_gpu", x)
     assert "fp8_block_gemm" in default and "fp8_wgrad_gemm" not in default
     assert "preferred_element_type=float32" in default  # dw of bfloat16 operands
-    assert all(f"fp8_{op}" in asked for op in ("wgrad_gemm", "quantize_both_axes", "quantize_128x128"))
+    assert all(
+        f"fp8_{op}" in asked for op in ("wgrad_gemm", "quantize_both_axes", "quantize_128x128")
+    )
     assert "pallas" not in kernels("xla", x)
     with pytest.raises(ValueError, match=r"fp8_dot: .* x must be one of .*; found float32"):
         kernels("pallas_mosaic_gpu", x.astype(jnp.float32))
