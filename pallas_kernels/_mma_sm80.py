@@ -120,6 +120,8 @@ class _Fragments:
 def store_columns(sums: Array, out, row: ArrayLike, column: ArrayLike, end: ArrayLike) -> None:
     """``out[column + j, row + i] = sums[i, j]`` where row + i is within the array and column + j before `end`.
 
+    In interpret mode the whole array counts as written, so the race detector takes CTAs for racing.
+
     Args:
         sums: [64, columns] in ``Layout.WGMMA``, 16 or 32 bits.
         out: Global memory [M, N] of sums' dtype, N a multiple of 8.

@@ -229,7 +229,7 @@ def test_bad_arguments_are_named():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("element", ["int2", "int4", "int8", "float8_e4m3fn"])
 def test_gpu_makes_every_code_exactly(element, dtype):
     args, expected = every_code(element, dtype)
     out = jax.jit(run, static_argnums=(1, 2, 3, 4))(args, 128, None, None, element)
@@ -246,14 +246,13 @@ def test_gpu_numbers(element, shape, options, config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 3, 17, 64, 100, 4096])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (192, 576), (2880, 2880)])
+@pytest.mark.parametrize("m", [1, 17, 100, 4096])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (192, 576)])
 def test_gpu_matches_the_reference(m, n, k):
     for element, group, offset in (
         ("int4", 128, None),
         ("int4", 32, "zero_point"),
-        ("int8", k, None),
-        ("float8_e4m3fn", 128, None),
+        ("float8_e4m3fn", k, None),
     ):
         args = operands(m, n, k, group, element=element, offset=offset)
         product = jax.jit(run, static_argnums=(1, 2, 3, 4))
