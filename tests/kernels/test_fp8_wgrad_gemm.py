@@ -1,7 +1,5 @@
 """The FP8 product of weight gradients: numbers in interpret mode, ptxas of every tiling, a GPU where there is one."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,17 +154,24 @@ def test_bad_arguments_are_named():
     assert "int8" in unsupported_reason(8, 8, 16, left_dtype="int8")
 
 
+GPU_CASES = [
+    ((4096, 4096, 4096), (E4M3, E4M3)),
+    ((6144, 4096, 1000), (E5M2, E4M3)),
+    ((576, 1536, 8192), (E4M3, E5M2)),
+    ((201, 72, 5), (E5M2, E4M3)),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (6144, 4096), (576, 1536), (201, 72)])
-def test_gpu_matches_the_reference(n, k):
-    for tokens, dtypes in itertools.product((5, 1000, 4096), ((E4M3, E4M3), (E5M2, E4M3))):
-        args = operands(n, k, tokens, dtypes=dtypes, seed=tokens)
-        expected = reference(*args)
-        out = jax.jit(fp8_wgrad_gemm)(*args)
-        assert relative_error(out, expected) <= GPU_TOLERANCE
-        before = jax.random.normal(jax.random.key(1), (n, k))
-        added = jax.jit(lambda *a: fp8_wgrad_gemm(*a[:4], accumulator=a[4]))(*args, before)
-        assert relative_error(added, expected + np.asarray(before)) <= GPU_TOLERANCE
+@pytest.mark.parametrize(("shape", "dtypes"), GPU_CASES, ids=str)
+def test_gpu_matches_the_reference(shape, dtypes):
+    args = operands(*shape, dtypes=dtypes)
+    expected = reference(*args)
+    before = jax.random.normal(jax.random.key(1), shape[:2])
+    added = jax.jit(lambda *a: fp8_wgrad_gemm(*a[:4], accumulator=a[4]))(*args, before)
+    assert relative_error(added, expected + np.asarray(before)) <= GPU_TOLERANCE
     for config in candidate_tiles():
-        out = fp8_wgrad_gemm(*args, config=config, out_dtype="bfloat16")
-        assert relative_error(out, expected) <= 2 * GPU_TOLERANCE
+        out = fp8_wgrad_gemm(*args, config=config)
+        assert relative_error(out, expected) <= GPU_TOLERANCE
+    out = fp8_wgrad_gemm(*args, out_dtype="bfloat16")
+    assert relative_error(out, expected) <= 2 * GPU_TOLERANCE
