@@ -62,18 +62,16 @@ def test_a_record_of_experts(gated, on_cpu):
 
 
 def test_records_of_training(on_cpu):
-    sizes = (32, 64, 128)
     cases = [
-        bench.training.product_case(*sizes, backward=True),
-        bench.training.wgrad_case(*sizes, add=True),
+        bench.training.wgrad_case(32, 64, 128, add=True),
         bench.training.quantize_case(32, 64),
         bench.training.weight_case(64, 128),
     ]
     with testing.interpret(detect_races=False):
         records = [bench.measure(bench.Case(**c), CEILINGS, {}, STAMP, calls=3) for c in cases]
-    product, wgrad, *quantizers = records
-    assert max(product.error, wgrad.error) <= 2e-3
-    assert wgrad.tflops == product.tflops == pytest.approx(2 * 32 * 64 * 128 / 10 * 1e-6)
+    wgrad, *quantizers = records
+    assert 0 < wgrad.error <= 1e-5
+    assert wgrad.tflops == pytest.approx(2 * 32 * 64 * 128 / 10 * 1e-6)
     scales = 4 * (64 + 128)
     assert wgrad.gb_s == pytest.approx((32 * (64 + 128) + scales + 8 * 64 * 128) / 10 * 1e-3)
     assert all(0.01 < quantizer.error < 0.03 for quantizer in quantizers)

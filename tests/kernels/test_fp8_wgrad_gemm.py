@@ -54,7 +54,7 @@ def relative_error(out, expected):
 
 # Tiles that are cut on every side, tokens of every remainder, several tiles a worker, fewer blocks than stages.
 CASES = [
-    ((300, 200, 600), WgradTileConfig(sub=2, columns=128, stages=2), (E4M3, E4M3), "float32"),
+    ((260, 136, 272), WgradTileConfig(sub=2, columns=128, stages=2), (E4M3, E4M3), "float32"),
     ((120, 200, 400), WgradTileConfig(sub=1, columns=128, stages=3), (E5M2, E4M3), "float32"),
     ((129, 136, 272), WgradTileConfig(sub=1, columns=64, stages=2), (E4M3, E5M2), "bfloat16"),
     ((57, 72, 5), WgradTileConfig(sub=2, columns=128, stages=3), (E5M2, E4M3), "bfloat16"),
