@@ -7,7 +7,8 @@ With u = q + 8 a code, z = zero_point + 8, and bytes that are computed four at a
     float8_e4m3fn    e4m3's codes 0 to 16 are the numbers 0 to 16 times 2^-9 (subnormal up to 7): the magnitude is
                      VABSDIFF4(u, z), and bit 7 of ``0x7F + z - u`` its sign                      9 / 8
 
-instructions of the integer pipe, 64 lanes of which an SM has a clock; float32 operations are not among them.
+instructions, none of them float32's. In SASS, where shifts may become multiplications (IMAD), a warp's stage of 128
+columns and 16 tokens (64 weights a thread, whose products are loaded, scaled and summed as well) is 85, 129 and 124.
 """
 
 import jax.numpy as jnp

@@ -156,7 +156,7 @@ def w4a8_gemm(
         config = choose_tiles(m, n, k, cost, num_sms=num_sms)
     elif config.depth not in (128, 256):
         raise ValueError(f"w4a8_gemm: depth must be 128 or 256; found {config}")
-    if m > 8 and x.shape[0] % 8:  # a tiled TMA copy wants the array's rows in whole tiles
+    if x.shape[0] > 8 and x.shape[0] % 8:  # a tiled TMA copy wants the array's rows in whole tiles
         x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
     operands = {"x": x, "codes": codes, "scale": scale, "x_scale": x_scale}
     if zero_point is not None:

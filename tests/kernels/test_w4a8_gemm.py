@@ -1,5 +1,6 @@
 """INT4 weights with int8 and FP8 activations: repacking, instructions, numbers, tilings through ptxas, and the GPU."""
 
+import concurrent.futures
 import math
 
 import jax
@@ -254,17 +255,33 @@ def test_gpu_makes_every_code_exactly(x_dtype):
     assert_close(jax.jit(run, static_argnums=(1,))(args, group), args, group)
 
 
+def errors(jobs):
+    """The relative error of each (shape, options of `operands`, tiling, SMs); compiled in parallel."""
+
+    def job(shape, options, tiles, num_sms):
+        args, group = operands(*shape, **options), shape[-1]
+        fn = jax.jit(run, static_argnums=(1, 2, 3, 4))
+        return fn.lower(args, group, tiles, "bfloat16", num_sms).compile(), args, group
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda j: job(*j), jobs))
+    return [
+        relative_error(product(args), reference(*args, group)) for product, args, group in found
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("x_dtype", [INT8, FP8])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (192, 576), (2880, 1536), (576, 2880)])
-@pytest.mark.parametrize("m", [1, 3, 17, 64, 100, 1000])
-def test_gpu_matches_the_reference(x_dtype, n, k, m):
-    product = jax.jit(run, static_argnums=(1, 2, 3, 4))
+def test_gpu_matches_the_reference(x_dtype, n, k):
     groups = {4096: (128, 32), 576: (64, 576), 1536: (128, 256), 2880: (32, 2880)}[k]
-    for group, zeros in zip(groups, (False, True), strict=True):
-        args = operands(m, n, k, group, x_dtype=x_dtype, zeros=zeros)
-        out = product(args, group, None, "bfloat16", None)
-        assert relative_error(out, reference(*args, group)) <= TOLERANCE
+    jobs = [
+        ((m, n, k, groups[i % 2]), {"x_dtype": x_dtype, "zeros": zeros}, None, None)
+        for i, m in enumerate((1, 3, 17, 64, 100, 1000))
+        for zeros in (False, True)
+    ]
+    for job, error in zip(jobs, errors(jobs), strict=True):
+        assert error <= TOLERANCE, job
 
 
 @pytest.mark.gpu
@@ -272,11 +289,11 @@ def test_gpu_matches_the_reference(x_dtype, n, k, m):
 def test_gpu_runs_every_tiling(x_dtype):
     n, k, group = 1344, 2880, 128
     cost = costs(k, group, integers=x_dtype == INT8, zeros=True, scale_bytes=2)
-    product = jax.jit(run, static_argnums=(1, 2, 3, 4))
-    for m in (5, 30, 250):
-        args = operands(m, n, k, group, x_dtype=x_dtype, zeros=True)
-        expected = reference(*args, group)
-        for tiles in candidate_tiles(m, k, cost):
-            for sms in (132, 6):  # a tile or two, and many, for each CTA
-                out = product(args, group, tiles, "bfloat16", sms)
-                assert relative_error(out, expected) <= TOLERANCE, (tiles, sms)
+    jobs = [
+        ((m, n, k, group), {"x_dtype": x_dtype, "zeros": True}, tiles, num_sms)
+        for m in (5, 250)
+        for tiles in candidate_tiles(m, k, cost)
+        for num_sms in (132, 12)  # a tile or two for each CTA, and many
+    ]
+    for job, error in zip(jobs, errors(jobs), strict=True):
+        assert error <= TOLERANCE, job
