@@ -1,6 +1,7 @@
 """The kernel of the mixed-input product; `mixed_gemm_sm90` draws it and says what its operands are."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -71,14 +72,7 @@ def launch(
         codes_smem=plgpu.SMEM(
             (config.stages, config.blocks, config.step // unit, *shape[2:]), jnp.int32
         ),
-        x_smem=plgpu.SMEM(
-            (config.stages, config.parts, config.columns, config.depth),
-            x.dtype,
-            transforms=(
-                plgpu.TilingTransform((8, 128 // x.dtype.itemsize)),
-                plgpu.SwizzleTransform(128),
-            ),
-        ),
+        x_smem=_x_smem(config, x.dtype),
         out_smem=plgpu.SMEM(
             (config.blocks, config.columns, BLOCK),
             out_dtype,
@@ -95,7 +89,7 @@ def launch(
                 tokens = max(config.columns, MIN_SUMS)
                 shape = (config.stages, config.step // group_size, tokens)
             scratch[name + "_smem"] = plgpu.SMEM(shape, operands[name].dtype)
-    arrivals = len(streams) - 1 + config.parts
+    arrivals = len(streams) - 1 + config.parts * _x_chunks(config, x.dtype)
     scratch["full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
     if config.parts > 1:
         width = plgpu.find_swizzle(min(config.columns, 32) * 32)
@@ -144,6 +138,23 @@ def launch(
     )(*operands.values())[0]
 
 
+def _x_chunks(config: TileConfig, dtype) -> int:
+    """Copies of x that fill a part of a stage."""
+    return config.depth // 128 if dtype.itemsize == 1 else 1
+
+
+def _x_smem(config: TileConfig, dtype):
+    """Where a stage's x goes: K is a multiple of 64, so rows of 128 columns of 8 bits may not be tiles of the array."""
+    if dtype.itemsize == 1:
+        shape = (config.stages, config.parts, config.depth // 128, config.columns, 128)
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),))
+    return plgpu.SMEM(
+        (config.stages, config.parts, config.columns, config.depth),
+        dtype,
+        transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+    )
+
+
 def _kernel(
     gmem, outputs, smem, *, streams, config: TileConfig, element, group_size, zero, counts, alone
 ):
@@ -185,11 +196,14 @@ def _kernel(
                     plgpu.barrier_wait(empty.at[slot])
                     plgpu.commit_smem()  # orders the math warpgroups' reads before the next TMA writes
 
-                for part in range(config.parts):
-                    first = step * config.step + part * config.depth
+                chunks = _x_chunks(config, x_smem.dtype)
+                width = config.depth // chunks
+                for part, chunk in itertools.product(range(config.parts), range(chunks)):
+                    first = step * config.step + part * config.depth + chunk * width
+                    place = (part, chunk) if len(x_smem.shape) == 5 else (part,)
                     plgpu.copy_gmem_to_smem(
-                        gmem["x"].at[pl.ds(column, config.columns), pl.ds(first, config.depth)],
-                        x_smem.at[slot, part],
+                        gmem["x"].at[pl.ds(column, config.columns), pl.ds(first, width)],
+                        x_smem.at[slot, *place],
                         full.at[slot],
                     )
                 for name in streams[1:]:
@@ -280,13 +294,16 @@ def _kernel(
                         weights = dequantize(
                             words, element, x_smem.dtype, zero_point, zero=zero, **place
                         )
-                    tokens = x_smem.at[slot, k_part]
+                    tokens, within = x_smem.at[slot, k_part], first
+                    if eight_bits:
+                        chunk, within = divmod(first, 128)
+                        tokens = x_smem.at[slot, k_part, chunk]
                     if whole:
-                        total = mixed_product(weights, tokens, first=first, total=total)
+                        total = mixed_product(weights, tokens, first=within, total=total)
                         if first + width == config.depth:
                             plgpu.barrier_arrive(empty.at[slot])
                         continue
-                    part = mixed_product(weights, tokens, first=first, recycle=part)
+                    part = mixed_product(weights, tokens, first=within, recycle=part)
                     if first + width == config.depth and not grouped:
                         plgpu.barrier_arrive(empty.at[slot])
                     scaled = part.astype(jnp.float32)

@@ -72,6 +72,8 @@ def candidate_tiles(m: int, k: int, cost: Costs) -> list[TileConfig]:
                 config = deeper
             if splits > 1 and (k < splits * config.step or m > 256):
                 continue
+            if columns == 64 and (splits, parts) == (4, 2):
+                continue  # there are no registers for the sums of four CTAs
             candidates.append(config)
             if splits == 2 and columns == 128:
                 candidates.append(dataclasses.replace(config, tail=True))

@@ -74,7 +74,8 @@ def mixed_product(
     Args:
         left: [64, K], bfloat16 or float16 in ``Layout.WGMMA``, K a multiple of 16; or float8_e4m3fn or int8 in
             ``Layout.WGMMA_8BIT``, K a multiple of 32.
-        right: Shared memory [N, K'] of the same dtype, tiled (8, 128 bytes) and swizzled by 128 bytes.
+        right: Shared memory [N, K'] of the same dtype, swizzled by 128 bytes: of 16 bits and tiled (8, 64), or of 8
+            bits and not tiled, K' = 128.
         first: First column of `right`, of left's multiples.
         recycle: An earlier product whose registers may hold this one.
         total: [64, N] in ``Layout.WGMMA``, in whose registers the sum goes.
@@ -96,8 +97,10 @@ def mixed_product(
         return held[0] + found if accumulate else found
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
-    layout = plgpu.Layout.WGMMA if left.dtype.itemsize == 2 else plgpu.Layout.WGMMA_8BIT
-    arg_types = (layout, _tiled(left.dtype, 128))
+    if left.dtype.itemsize == 2:
+        arg_types = (plgpu.Layout.WGMMA, _tiled(left.dtype, 128))
+    else:
+        arg_types = (plgpu.Layout.WGMMA_8BIT, plgpu.RefType((plgpu.SwizzleTransform(128),)))
     held = total if accumulate else recycle
     return _inline(product, arg_types, (left, right), held, right.shape[0], _sum_dtype(left.dtype))
 

@@ -8,10 +8,11 @@ of int8 are int32 inside a group, and over all K where a row has one scale; thos
 fewer bits than float32 has, are promoted to float32 after each group or 128 columns.
 
 Weights are in "wgmma8" storage (`qjax.wgmma_layout`). The kernel is that of `mixed_gemm_sm90`, which draws its warp
-groups, barriers and sums over parts, splits and clusters; three things differ. A stage's x is 8 bits wide, so 128
-columns are one swizzled row. Codes become 8-bit numbers in registers by 3 instructions for each 8 weights (int8
-without zero points), 7 (with) or 9 (FP8): `_w4a8_registers_sm90`. And a tile's sums are multiplied by the tokens'
-scales before they are stored. `_w4a8_tiles_sm90` chooses the tile.
+groups, barriers and sums over parts, splits and clusters; three things differ. A stage's x is 8 bits wide and not
+tiled: rows of 128 columns, of which the last may lie beyond K, for each of which TMA takes a copy. Codes become 8-bit
+numbers in registers by 3 instructions for each 8 weights (int8 without zero points), 7 (with) or 9 (FP8):
+`_w4a8_registers_sm90`. And a tile's sums are multiplied by the tokens' scales before they are stored.
+`_w4a8_tiles_sm90` chooses the tile.
 """
 
 import jax
@@ -156,8 +157,6 @@ def w4a8_gemm(
         config = choose_tiles(m, n, k, cost, num_sms=num_sms)
     elif config.depth not in (128, 256):
         raise ValueError(f"w4a8_gemm: depth must be 128 or 256; found {config}")
-    if x.shape[0] > 8 and x.shape[0] % 8:  # a tiled TMA copy wants the array's rows in whole tiles
-        x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
     operands = {"x": x, "codes": codes, "scale": scale, "x_scale": x_scale}
     if zero_point is not None:
         operands["zero_point"] = zero_point

@@ -205,16 +205,17 @@ def test_chosen_tiles_fit():
 
 @pytest.mark.skipif(not testing.ptxas_available(), reason="needs the aot extra")
 def test_ptxas_keeps_numbers_in_registers():
-    n = k = 4096
+    n = 4096
     jobs = []
-    for (x_dtype, group, zeros), m in zip(kinds(), (256, 64, 256, 4096, 16, 256), strict=True):
+    for (x_dtype, group, zeros), m in zip(kinds(), (250, 64, 256, 4096, 3, 256), strict=True):
+        k = 2880 if m in (250, 3) else 4096  # TMA's rules know K, interpret mode does not
         cost = costs(k, group, integers=x_dtype == INT8, zeros=zeros, scale_bytes=2)
         tiles = choose_tiles(m, n, k, cost, num_sms=132)
 
         def product(*args, group=group, tiles=tiles):
             return w4a8_gemm(*args, n=n, group_size=group, config=tiles, num_sms=132)
 
-        scale = jax.ShapeDtypeStruct((n // 64, k // group, 64), jnp.bfloat16)
+        scale = jax.ShapeDtypeStruct((n // 64, -(-k // group), 64), jnp.bfloat16)
         shapes = ((m, k), x_dtype), ((m,), "float32"), ((n // 64, k // 64, 2, 256), "int32")
         args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
         jobs.append((product, [*args, scale, *([scale] if zeros else [])]))
