@@ -9,6 +9,7 @@ from qjax.ops._fp8_training import GRADIENT_ELEMENTS, fp8_dot
 from qjax.ops._gated_ragged_dot import gated_ragged_dot
 from qjax.ops._kv_cache_write import Rotation, kv_cache_write, rotate, write_pages
 from qjax.ops._latent_attention import latent_attention
+from qjax.ops._mqa_logits import mqa_logits, paged_mqa_logits
 from qjax.ops._quantized_input import (
     QuantizedInput,
     quantized_rms_norm,
@@ -33,7 +34,9 @@ __all__ = [
     "gated_ragged_dot",
     "kv_cache_write",
     "latent_attention",
+    "mqa_logits",
     "paged_attention",
+    "paged_mqa_logits",
     "prepack",
     "prepackable",
     "quantized_rms_norm",
