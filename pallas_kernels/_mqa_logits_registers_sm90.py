@@ -14,7 +14,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 from qjax.pallas_kernels import _wgmma_sm90 as wgmma
@@ -141,6 +141,8 @@ def weigh(
 
     def store(ctx, product, weights, scales, bounds, out, first_key):
         del ctx
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        pitch = ir.MemRefType(out.type).get_strides_and_offset()[0][0]
         thread = arith.remui(utils.thread_idx(), _i32(128))
         odd, high = (
             arith.cmpi(arith.CmpIPredicate.ne, arith.andi(thread, _i32(bit)), _i32(0))
@@ -159,14 +161,16 @@ def weigh(
             if 2 * i + 1 < queries:
                 query = arith.select(high, _i32(2 * i + 1), query)
             at = arith.muli(query, _i32(2))
-            begin, end = (memref.load(bounds, [_index(arith.addi(at, _i32(j)))]) for j in (0, 1))
+            begin, end = (
+                llvm.load(i32, _address(bounds, arith.addi(at, _i32(j)), i32)) for j in (0, 1)
+            )
             inside = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.sge, number, begin),
                 arith.cmpi(arith.CmpIPredicate.slt, number, end),
             )
-            nothing = utils.c(float("-inf"), ir.F32Type.get())
-            value = arith.select(inside, arith.mulf(value, scale), nothing)
-            memref.store(value, out, [_index(query), _index(key)])
+            value = arith.select(inside, arith.mulf(value, scale), utils.c(float("-inf"), f32))
+            at = arith.addi(arith.muli(query, _i32(pitch)), key)
+            llvm.store(value, _address(out, at, f32))
 
     def reference(product, weights, scales, bounds, out, first_key):
         terms = (product + jnp.abs(product)) * weights[None]
@@ -251,5 +255,6 @@ def _i32(value: int) -> ir.Value:
     return utils.c(value, ir.IntegerType.get_signless(32))
 
 
-def _index(value: ir.Value) -> ir.Value:
-    return arith.index_cast(ir.IndexType.get(), value)
+def _address(ref, index: ir.Value, element: ir.Type) -> ir.Value:
+    index = arith.extui(ir.IntegerType.get_signless(64), index)
+    return utils.getelementptr(utils.memref_ptr(ref), [index], element)

@@ -20,6 +20,7 @@ import _bench_fp8_training as training
 import _bench_mixed_gemm as mixed
 import _bench_mixed_gemm_sm80 as ampere
 import _bench_mixed_grouped_gemm as experts
+import _bench_mqa_logits as indexer
 import _bench_prefill_attention as prefill
 import _bench_w4a8_gemm as w4a8
 import jax
@@ -284,6 +285,8 @@ def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
         ],
         "prefill_attention": made(prefill.dense_case, prefill.DENSE),
         "paged_prefill_attention": made(prefill.paged_case, prefill.PAGED),
+        "mqa_logits": made(indexer.prefill_case, indexer.PREFILL),
+        "paged_mqa_logits": made(indexer.paged_case, indexer.PAGED),
         "fp8_training_gemm": made(training.product_case, training.PRODUCTS),
         "fp8_wgrad_gemm": made(training.wgrad_case, training.WGRADS),
         "fp8_quantize_both_axes": made(training.quantize_case, training.QUANTIZED),

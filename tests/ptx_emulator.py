@@ -93,7 +93,14 @@ class Emulator:
             case "maxsi":
                 return [np.maximum(x[0], x[1])]
             case "cmpi":
-                return [{2: np.less, 5: np.greater_equal}[attributes["predicate"].value](*x)]
+                kinds = {1: np.not_equal, 2: np.less, 5: np.greater_equal}
+                return [kinds[attributes["predicate"].value](*x)]
+            case "math.absf":
+                return [np.abs(x[0])]
+            case "math.fma":
+                return [x[0] * x[1] + x[2]]
+            case "nvvm.shfl.sync":
+                return [x[1][THREADS ^ x[2]]]
             case "select":
                 return [np.where(*x)]
             case "extui":
@@ -102,6 +109,9 @@ class Emulator:
                 return [x[0].astype(np.int64)]
             case "extract":
                 return [x[0][:, attributes["static_position"][0]]]
+            case "extract_strided_slice":
+                first, size = (attributes[key][0].value for key in ("offsets", "sizes"))
+                return [x[0][:, first : first + size]]
             case "shuffle":
                 return [np.concatenate(x, axis=1)[:, list(attributes["mask"])]]
             case "from_elements":
@@ -112,6 +122,8 @@ class Emulator:
             case "bitcast" if "vector" in kind:
                 element = dtype_of(ir.VectorType(op.results[0].type).element_type)
                 return [np.ascontiguousarray(x[0]).reshape(128, -1).view(element)]
+            case "bitcast" if kind == "f32":
+                return [np.ascontiguousarray(x[0]).view(np.float32).reshape(128)]
             case "bitcast" if kind == "i16":
                 return [np.ascontiguousarray(x[0]).view(np.int16).reshape(128)]
             case "bitcast":
@@ -131,6 +143,8 @@ class Emulator:
                     vector = ir.VectorType(op.results[0].type)
                     return [self.read(x[0], vector.shape[0], dtype_of(vector.element_type))]
                 return [self.read(x[0], 1, dtype_of(op.results[0].type))[:, 0]]
+            case "llvm.store":
+                return self.write(x[1], x[0]) or []
             case "llvm.inline_asm":
                 found = self.assembly(attributes["asm_string"].value, x)
                 return [] if not len(op.results) else [found]
@@ -293,6 +307,9 @@ def places(layout, shape) -> list[tuple[np.ndarray, ...]]:
         ]
         return [np.unravel_index(f, shape) for f in flat]
     rows = [(16 * WARP + GROUP + 8 * half)[:, None] for half in range(2)]
+    if layout == fa.WGMMA_COL_LAYOUT:
+        columns = (2 * MEMBER)[:, None] + np.arange(2)
+        return [(8 * tile + columns,) for tile in range(shape[0] // 8)]
     if len(shape) == 1:
         return [(row,) for row in rows]
     if layout == fa.WGMMA_LAYOUT_8BIT:
@@ -408,7 +425,7 @@ class Emulated:
 
 def close(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
     found, wanted = found.astype(np.float32), wanted.astype(np.float32)
-    scale = np.abs(wanted).max()
+    scale = np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
     np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=min(tolerance, 1e-5) * scale)
 
 

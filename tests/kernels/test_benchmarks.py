@@ -96,6 +96,19 @@ def test_a_w4a8_products_record(name, on_cpu):
     assert len(tilings) > 3 and all(us > 3 for us, _ in tilings)
 
 
+def test_records_of_the_indexers_logits(on_cpu):
+    makers = (
+        (bench.indexer.prefill_case, (16, 200, 64, True)),
+        (bench.indexer.paged_case, (1, 1, 64)),
+    )
+    for (make, sizes), seen in zip(makers, (185 * 16 + 120, 64), strict=True):
+        case = bench.Case(**make(*sizes))
+        with testing.interpret(detect_races=False), simulate_gpu(num_sms=2):
+            record = bench.measure(case, CEILINGS, {}, STAMP, calls=3)
+        assert record.error <= 1e-5
+        assert record.tflops == pytest.approx(2 * 64 * 128 * seen / 10 * 1e-6)
+
+
 @pytest.mark.parametrize("op", ["fp8_quantize_1x128", "fp8_quantize_per_token"])
 def test_a_quantizers_record(op, on_cpu):
     with testing.interpret(detect_races=False):

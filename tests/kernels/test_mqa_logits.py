@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from ptx_emulator import Emulated
 
 from qjax import testing
+from qjax.pallas_kernels import _mqa_logits_registers_sm90 as registers
 from qjax.pallas_kernels._mqa_logits_plan_sm90 import SMEM_BYTES, Plan, choose_tiles, schedule
 from qjax.pallas_kernels.mqa_logits_sm90 import mqa_logits, paged_mqa_logits, unsupported_reason
 
@@ -118,6 +121,23 @@ def test_numbers_of_pages(case):
     with testing.interpret():
         out = paged_mqa_logits(*args, num_sms=case[-1])
     check(out, paged_reference(*args), TOLERANCE)
+
+
+@pytest.mark.parametrize(("queries", "heads"), [(2, 64), (1, 128), (3, 40), (4, 32), (16, 8)])
+def test_the_sum_over_heads_in_registers(queries, heads, monkeypatch):
+    """The inlined code of all threads, which interpret mode replaces by its reference."""
+    emulated = Emulated()
+    monkeypatch.setattr(plgpu, "inline_mgpu", emulated)
+    rng = np.random.default_rng(heads)
+    product = rng.standard_normal((64, queries * heads), np.float32)
+    weights = rng.standard_normal(queries * heads, np.float32)
+    scales = rng.uniform(0.1, 2, 64).astype(np.float32)
+    bounds = np.stack([rng.integers(90, 130, queries), rng.integers(120, 190, queries)], axis=1)
+    bounds = bounds.astype(np.int32).reshape(-1)
+    out = np.full((queries, 64), np.nan, np.float32)
+    emulated.layouts[id(out)] = lambda logits: np.ascontiguousarray(logits).view(np.uint8)
+    arrays = map(jnp.asarray, (product, weights, scales))
+    registers.weigh(*arrays, bounds, out, jnp.int32(100))
 
 
 def test_no_key_is_seen():
