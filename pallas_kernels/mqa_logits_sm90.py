@@ -269,10 +269,8 @@ def _kernel(*refs, names: tuple[str, ...], plan: Plan, **buffers):
     gmem = dict(zip((*names, "out"), refs, strict=True))
     wg, worker = lax.axis_index("wg"), lax.axis_index("worker")
 
-    def my(i):
-        return gmem["work"][
-            worker, i
-        ]  # loaded where it is used: registers live through roles would spill
+    def my(i):  # loaded by each role: what lives from before the roles part would spill
+        return gmem["work"][worker, i]
 
     def for_each_unit(body) -> tuple[Array, Array]:
         """Calls body(unit, first step, steps, steps before, units before)."""
@@ -348,10 +346,11 @@ def _multiply(
         slot, parity = slot_of(i), lax.rem(steps_before + i, 2)
         first_key = (first + i) * plan.step + my_key
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the store of the step before the last one
+        scales = {}
         for n, (key, group) in enumerate(jobs):
             final = n == len(jobs) - 1
-            if group == 0:
-                scales = plgpu.load(
+            if key not in scales:
+                scales[key] = plgpu.load(
                     scale_smem.at[slot, pl.ds(my_key + key, rows)],
                     layout=plgpu.Layout.WGMMA.reduce(1),
                 )
@@ -369,7 +368,7 @@ def _multiply(
             reg.weigh(
                 product,
                 weights[group],
-                scales,
+                scales[key],
                 bound_smem.at[
                     buffer, pl.ds(2 * (my_group + group) * tile.queries, 2 * tile.queries)
                 ],
