@@ -216,14 +216,14 @@ def _run(static: _Static, x, w: QArray, bias, activation_scale, operand) -> Arra
         )
     m = x.shape[0]
     if operand is None and static.kernel == "w4a8" and isinstance(x, QArray):
-        operand = x.qvalue, decode_scale(x.scale).reshape(-1)
+        operand = x.qvalue, decode_scale(x.scale)
     elif operand is None:
         operand = quantized_operand(x, static.activation_format, activation_scale)
     codes, x_scale = operand
     if static.kernel == "w4a8":
         return w4a8_gemm_sm90.w4a8_gemm(
             codes,
-            x_scale,
+            x_scale.reshape(-1),  # groups of all K columns have one row of scales
             w.qvalue,
             w.scale,
             w.zero_point,

@@ -93,7 +93,7 @@ CASES = [
     (INT8, (3, 192, 320, 32), {"zeros": True, "scale_dtype": "float32"}, config(8, 2, 1)),
     (INT8, (17, 192, 512, 512), {"out_dtype": "float16"}, config(32, 2, 1, splits=2)),
     (INT8, (100, 192, 192, 64), {"zeros": True, "scale_dtype": "float16"}, config(96, 3, 1)),
-    (INT8, (3, 64, 2880, 256), {}, config(8, 1, 4, splits=2)),
+    (INT8, (3, 64, 1536, 256), {}, config(8, 1, 4)),
     (FP8, (1, 2880, 128, 64), {}, config(8, 4, 1)),
     (FP8, (3, 192, 576, 32), {"zeros": True}, config(8, 1, 2, splits=2)),
     (FP8, (17, 128, 320, 320), {"zeros": True, "out_dtype": "float16"}, config(32, 2, 2)),
@@ -122,9 +122,8 @@ def every_code(x_dtype):
     return args, group, 2 * weights(codes, scale, zero_point, group).T
 
 
-@pytest.mark.parametrize("x_dtype", [INT8, FP8])
-def test_every_code_and_zero_point_is_exact(x_dtype):
-    args, group, expected = every_code(x_dtype)
+def test_every_code_and_zero_point_is_exact():
+    args, group, expected = every_code(FP8)
     with testing.interpret():
         out = run(args, group, config(64, 1, 1))
     np.testing.assert_array_equal(np.asarray(out, np.float32), expected)

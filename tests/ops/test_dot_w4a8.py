@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import checkpoint, nn, qarray, quantize, testing
+from qjax import checkpoint, nn, qarray, testing
 from qjax.formats import ActivationFormat, qformat
 from qjax.nn import Context
 from qjax.ops._dispatch import simulate_gpu
 from qjax.recipe import SCHEMES
 
-N, K = 128, 256
+N, K = 64, 256
 KERNEL = "pallas_mosaic_gpu"
+
+# Compiled whole, which is faster than operation by operation.
+quantize = jax.jit(qjax.quantize, static_argnums=1)
+prepack = jax.jit(qjax.prepack, static_argnums=1)
 
 
 def normal(*shape, seed=0, dtype=jnp.bfloat16):
@@ -33,9 +37,9 @@ def relative_error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", ["int4_1x32", "int4_1x64_asym", "int4_channel_asym"])
+@pytest.mark.parametrize("name", ["int4_1x32_asym", "int4_channel"])
 def test_storage_holds_the_same_array(name):
-    w = quantize(normal(2, N, 512), name)
+    w = quantize(normal(2, N, K), name)
     packed = qarray.to_wgmma(w, eight_bit=True)
     packed.validate()
     assert packed.format.storage == "wgmma8" and packed.shape == w.shape
@@ -43,18 +47,17 @@ def test_storage_holds_the_same_array(name):
     np.testing.assert_array_equal(packed.dequantize(jnp.float32), w.dequantize(jnp.float32))
     back = qarray.to_packed(packed)
     assert back.qvalue.tobytes() == w.qvalue.tobytes()
-    again = quantize(normal(2, N, 512), packed.format)
+    again = quantize(normal(2, N, K), packed.format)
     np.testing.assert_array_equal(again.qvalue, packed.qvalue)
 
 
 def test_storage_is_for_int4():
     activation = SCHEMES["W4A8"].activations
-    for name in ("int4_1x32_min", "int8_1x32", "int4_16x16", "mxfp4"):
+    for name in ("int4_1x32_min", "int8_1x32", "mxfp4"):
         w = quantize(normal(N, K), name)
         assert qjax.prepack(w, activation) is w
-    for name in ("int4_1x32_min", "int3_1x32"):
         with pytest.raises(ValueError, match="'wgmma8' stores int4 without minimums"):
-            qarray.to_wgmma(quantize(normal(N, K), name), eight_bit=True)
+            qarray.to_wgmma(w, eight_bit=True)
     w = quantize(normal(N, K), "int4_1x32")
     blocks = ActivationFormat(qformat("fp8_e4m3_1x128"))
     assert qjax.prepack(w, blocks) is w
@@ -62,15 +65,17 @@ def test_storage_is_for_int4():
 
 
 def test_values_and_gradients():
-    spec = SCHEMES["W4A8"]
+    """Of a static format, whose one scale is for all tokens, and weights with zero points."""
+    activation, scale = ActivationFormat(qformat("int8_tensor"), static=True), jnp.float32(0.02)
     x, bias, g = normal(2, 3, K, seed=1), normal(N, seed=2), normal(2, 3, N, seed=3)
-    w = quantize(normal(N, K), spec.weights)
-    packed = qjax.prepack(w, spec.activations)
+    w = quantize(normal(N, K), "int4_1x64_asym")
+    packed = prepack(w, activation)
 
     def product(x, bias, w=w, **options):
-        return qjax.dot(x, w, bias=bias, activation_format=spec.activations, **options)
+        args = dict(activation_format=activation, activation_scale=scale, **options)
+        return qjax.dot(x, w, bias=bias, **args)
 
-    expected, pull = jax.vjp(lambda *a: product(*a, out_dtype=jnp.float32), x, bias)
+    expected, pull = jax.vjp(jax.jit(lambda *a: product(*a, out_dtype=jnp.float32)), x, bias)
     with kernels():
         y, pull_kernel = jax.vjp(lambda *a: product(*a, w=packed, implementation=KERNEL), x, bias)
     # The codes are those of the reference; only sums and the output are rounded differently.
@@ -79,20 +84,10 @@ def test_values_and_gradients():
         assert a.dtype == b.dtype and relative_error(a, b) <= 6e-3
 
 
-def test_one_scale_for_all_tokens():
-    activation = ActivationFormat(qformat("int8_tensor"), static=True)
-    x, w = normal(3, K, seed=1), quantize(normal(N, K), "int4_1x64_asym")
-    args = dict(activation_format=activation, activation_scale=jnp.float32(0.02))
-    expected = qjax.dot(x, w, **args, out_dtype=jnp.float32)
-    with kernels():
-        y = qjax.dot(x, qjax.prepack(w, activation), **args, implementation=KERNEL)
-    assert relative_error(y, expected) <= 2e-3
-
-
 def test_the_kernel_must_be_asked_for():
     spec = SCHEMES["W4A8"]
     x, w = normal(3, K), quantize(normal(N, K), spec.weights)
-    packed = qjax.prepack(w, spec.activations)
+    packed = prepack(w, spec.activations)
     with simulate_gpu():
         y = qjax.dot(x, packed, activation_format=spec.activations)
         np.testing.assert_array_equal(y, qjax.dot(x, w, activation_format=spec.activations))
