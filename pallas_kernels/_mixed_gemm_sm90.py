@@ -240,6 +240,8 @@ def _kernel(
         eight_bits = x_smem.dtype.itemsize == 1
         # Integers of rows with one scale stay integers until K is through.
         whole = x_smem.dtype == jnp.int8 and not grouped
+        # Scales that are there when the product is, where there are registers for them.
+        early = eight_bits and grouped and config.columns <= 32
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         spread = functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
 
@@ -287,6 +289,9 @@ def _kernel(
                     units = pl.ds(k_part * (config.depth // unit) + low, high - low)
                     codes = smem["codes_smem"].at[slot, mine, units]
                     words = plgpu.load(codes, layout=words_layout(codes.shape))
+                    scales = smem["scale_smem"].at[slot, mine, group] if grouped else None
+                    if early:
+                        scales = row_values(scales)
                     place = dict(first=first % unit, width=width)
                     if eight_bits:
                         weights = eight_bit_weights(words, x_smem.dtype, zero_point, **place)
@@ -308,9 +313,7 @@ def _kernel(
                         plgpu.barrier_arrive(empty.at[slot])
                     scaled = part.astype(jnp.float32)
                     if grouped:
-                        scaled = scaled * spread(
-                            row_values(smem["scale_smem"].at[slot, mine, group])
-                        )
+                        scaled = scaled * spread(scales if early else row_values(scales))
                         if first + width == config.depth:
                             plgpu.barrier_arrive(empty.at[slot])
                     total = lax.optimization_barrier(total + scaled)
