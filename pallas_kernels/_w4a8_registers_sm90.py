@@ -8,7 +8,7 @@ With u = q + 8 a code, z = zero_point + 8, and bytes that are computed four at a
                      VABSDIFF4(u, z), and bit 7 of ``0x7F + z - u`` its sign                      9 / 8
 
 instructions, none of them float32's. In SASS, where shifts may become multiplications (IMAD), a warp's stage of 128
-columns and 16 tokens (64 weights a thread, whose products are loaded, scaled and summed as well) is 85, 129 and 124.
+columns and 16 tokens (64 weights a thread, whose products are loaded, scaled and summed as well) is 86, 128 and 125.
 """
 
 import jax.numpy as jnp
