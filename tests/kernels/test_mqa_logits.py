@@ -1,5 +1,7 @@
 """The indexer's logits: numbers, ranges, pages, garbage past a sequence's end, shares of work, ptxas, and the GPU."""
 
+import concurrent.futures
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,27 +85,27 @@ def paged_reference(query, weights, pool, scale, table, lengths):
     return np.concatenate(out)
 
 
-def check(out, expected, tolerance):
+def check(out, expected, tolerance, name=""):
     assert out.dtype == F32 and out.shape == expected.shape
     out, seen = np.asarray(out), np.isfinite(expected)
-    assert np.isneginf(out[~seen]).all()
+    assert np.isneginf(out[~seen]).all(), name
     error = np.linalg.norm(out[seen] - expected[seen])
-    assert error <= tolerance * np.linalg.norm(expected[seen])
+    assert error <= tolerance * np.linalg.norm(expected[seen]), name
 
 
 CASES = [
     # queries, heads, dim, keys, SMs: tiles of queries, the last one cut
-    (20, 64, 128, 700, 3),
+    (20, 64, 128, 450, 3),
     (5, 64, 64, 333, 2),
     # keys shared out: one tile, fewer keys than a step
     (3, 40, 128, 60, 2),
-    (2, 32, 64, 1100, 3),
+    (2, 32, 64, 600, 3),
 ]
 PAGED = [
     # lengths, queries, heads, dim, page size, pages, SMs
     ([500, 0, 130], 1, 64, 128, 64, 10, 3),
     ([290, 1], 3, 64, 128, 512, 1, 2),
-    ([90], 5, 64, 128, 32, 4, 2),
+    ([90, 40], 5, 64, 128, 32, 4, 2),
 ]
 
 
@@ -141,7 +143,7 @@ def test_the_sum_over_heads_in_registers(queries, heads, monkeypatch):
 
 
 def test_no_key_is_seen():
-    query, weights, keys, scale, start, _ = operands(9, 64, 128, 200)
+    query, weights, keys, scale, start, _ = operands(5, 64, 64, 130)
     with testing.interpret():
         out = mqa_logits(query, weights, keys, scale, start, start, num_sms=2)
     assert np.isneginf(out).all()
@@ -222,41 +224,41 @@ def test_ptxas_neither_spills_nor_serializes():
         assert 24 + 2 * 240 <= 3 * report.registers  # what setmaxnreg hands out
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        (512, 64, 128, 5000),
-        (301, 32, 128, 4099),
-        (130, 128, 128, 2048),
-        (97, 40, 128, 3001),
-        (200, 8, 128, 1024),
-        (300, 64, 64, 2500),
-        (65, 16, 64, 4100),
-        (1, 64, 128, 20000),
-        (4, 64, 128, 10001),
-        (3, 8, 64, 50),
-    ],
-    ids=str,
-)
-def test_gpu_matches_the_reference(sizes):
-    args = operands(*sizes)
-    check(jax.jit(mqa_logits)(*args), reference(*args), GPU_TOLERANCE)
+GPU_CASES = [
+    (512, 64, 128, 3000),
+    (301, 32, 128, 2099),
+    (130, 128, 128, 2048),
+    (97, 40, 128, 3001),
+    (200, 8, 128, 1024),
+    (300, 64, 64, 2500),
+    (65, 16, 64, 4100),
+    (1, 64, 128, 20000),
+    (4, 64, 128, 10001),
+    (3, 8, 64, 50),
+]
+GPU_PAGED = [
+    ([20000], 1, 64, 128, 64, 320),
+    ([1999, 0, 64, 1, 777], 2, 64, 128, 64, 40),
+    ([3000, 4096], 4, 64, 128, 32, 128),
+    ([700, 1], 3, 32, 128, 256, 3),
+    ([900, 33], 1, 64, 64, 128, 8),
+    ([1024, 5], 9, 64, 128, 512, 2),
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        ([20000], 1, 64, 128, 64, 320),
-        ([1999, 0, 64, 1, 777], 2, 64, 128, 64, 40),
-        ([3000, 4096], 4, 64, 128, 32, 128),
-        ([700, 1], 3, 32, 128, 256, 3),
-        ([900, 33], 1, 64, 64, 128, 8),
-        ([1024, 5], 9, 64, 128, 512, 2),
-    ],
-    ids=str,
-)
-def test_gpu_matches_the_reference_over_pages(sizes):
-    args = paged_operands(*sizes)
-    check(jax.jit(paged_mqa_logits)(*args), paged_reference(*args), GPU_TOLERANCE)
+def test_gpu_matches_the_reference():
+    jobs = [(mqa_logits, operands(*sizes), reference, sizes) for sizes in GPU_CASES]
+    jobs += [
+        (paged_mqa_logits, paged_operands(*sizes), paged_reference, sizes) for sizes in GPU_PAGED
+    ]
+
+    def compiled(job):
+        return jax.jit(job[0]).lower(*job[1]).compile()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # compilation is mostly ptxas
+        kernels = list(pool.map(compiled, jobs))
+    for run, (_, args, expected, sizes) in zip(kernels, jobs, strict=True):
+        wanted = expected(*args)
+        for _ in range(3):  # what depends on the warps' order may differ from run to run
+            check(run(*args), wanted, GPU_TOLERANCE, sizes)
