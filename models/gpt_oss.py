@@ -154,12 +154,15 @@ class ClampedExperts(Experts):
         return {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
 
     def feed_forward(
-        self, product, x: Float[Array, "M D"], group_sizes: Int[Array, " E"]
+        self,
+        product,
+        x: Float[Array, "T D"],
+        group_sizes: Int[Array, " E"],
+        rows: Int[Array, " M"],
     ) -> Float[Array, "M D"]:
-        """The experts' outputs for rows sorted by expert, in x's dtype."""
-        hidden = gated_product(
-            product["gate_up_proj"], None, x, group_sizes, activation=self.activation
-        )
+        """The experts' outputs in x's dtype for rows sorted by expert, `rows` the token of each."""
+        gate_up = product["gate_up_proj"]
+        hidden = gated_product(gate_up, None, x, group_sizes, rows, self.activation)
         return product["down_proj"](hidden, group_sizes)
 
 

@@ -9,33 +9,36 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 def tile_table(group_sizes: Array, lead: tuple[int, ...], tokens: int) -> Array:
     """int32 [most tiles, 4]: each tile's group, first row and number of rows, and the number of tiles.
 
-    Rows of the contiguous layout past the last group are group E, which the kernel fills with zeros.
+    Rows of the contiguous layout past the last group are group E, which the kernel fills with zeros; groups that
+    reach past the array are cut, so that no tile does. Only sums over pairs of groups and of a tile and a group,
+    because XLA makes one kernel of each such step: cumulative sums and gathers would be many small ones.
     """
     groups = group_sizes.shape[0]
-    order = jnp.arange(groups)
+    group = jnp.arange(groups + 1)
+    before = group[:, None] > group[None, :groups]
+    sizes = jnp.maximum(group_sizes, 0).astype(jnp.int32)
     if len(lead) == 2:
-        sizes = jnp.clip(group_sizes, 0, lead[1])
-        starts = order * lead[1]
-        most = groups * pl.cdiv(lead[1], tokens)
+        sizes = jnp.minimum(sizes, lead[1])
+        starts, rest, most = group * lead[1], 0, groups * pl.cdiv(lead[1], tokens)
+        end = groups * lead[1]
     else:
-        # Sums over [E, E] fuse into one small kernel; a cumulative sum would be several.
-        before = order[:, None] >= order[None, :]
-        ends = jnp.sum(jnp.where(before, jnp.maximum(group_sizes, 0)[None, :], 0), axis=1)
-        ends = jnp.minimum(ends, lead[0])
-        starts = jnp.append(jnp.int32(0), ends)
-        sizes = jnp.append(ends, jnp.int32(lead[0])) - starts
-        groups += 1
-        most = (lead[0] + min(groups, lead[0]) * (tokens - 1)) // tokens
-    order = jnp.arange(groups)
+        starts = jnp.sum(jnp.where(before, sizes[None, :], 0), axis=1)
+        rest = end = lead[0]
+        most = (lead[0] + min(groups + 1, lead[0]) * (tokens - 1)) // tokens
     counts = (sizes + tokens - 1) // tokens
-    ends = jnp.sum(jnp.where(order[:, None] >= order[None, :], counts[None, :], 0), axis=1)
-    tile = jnp.arange(most)
-    group = jnp.sum((tile[:, None] >= ends[None, :]).astype(jnp.int32), axis=1)
-    group = jnp.minimum(group, groups - 1)
-    offset = (tile - (ends - counts)[group]) * tokens
-    rows = jnp.minimum(sizes[group] - offset, tokens)
-    total = jnp.broadcast_to(ends[-1], (most,))
-    return jnp.stack([group, starts[group] + offset, rows, total], axis=1).astype(jnp.int32)
+    first_tiles = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1)
+    sizes = jnp.where(group == groups, rest, jnp.pad(sizes, (0, 1)))
+    sizes = jnp.clip(sizes, 0, jnp.maximum(end - starts, 0))
+    counts = (sizes + tokens - 1) // tokens
+    offset = jnp.arange(most)[:, None] - first_tiles[None, :]
+    mine = (offset >= 0) & (offset < counts[None, :])
+    offset = offset * tokens
+    rows = jnp.minimum(sizes[None, :] - offset, tokens)
+    group = jnp.broadcast_to(group[None, :], mine.shape)
+    columns = [jnp.where(mine, value, 0) for value in (group, starts[None, :] + offset, rows)]
+    last = jnp.where(group == groups, (first_tiles + counts)[None, :], 0)
+    table = jnp.sum(jnp.stack([*columns, last], axis=1), axis=2)
+    return table.astype(jnp.int32)
 
 
 def store_rows(smem, out_gmem, token, weight, rows):

@@ -6,8 +6,8 @@ with an e8m0 scale for each 32 columns: OCP Microscaling formats, version 1.0) o
 each group, in "wgmma" storage (`qjax.wgmma_layout`).
 
 FP4 weights meet FP8 tensor cores, because FP4 times a power of two is FP8, made by few instructions. Activations of 16
-bits go in as two FP8 terms (`split_rows`): e4m3 keeps a number's first four bits and e5m2 the rest, so nothing of
-bfloat16 is lost but what is 2^-24 times the row's largest. Activations that were quantized to e4m3 are one term, at
+bits go in as two FP8 terms (`fp8_split_sm90`): e4m3 keeps a number's first four bits and e5m2 the rest, so nothing of
+bfloat16 is lost but what is 2^-21 times the row's largest. Activations that were quantized to e4m3 are one term, at
 twice the speed. INT4 weights meet 16-bit tensor cores.
 
 The tile is the transpose of the output's, 64 weight rows by up to 128 tokens for each block, and a line of the
@@ -36,10 +36,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
+from qjax.pallas_kernels import fp8_split_sm90
 from qjax.pallas_kernels._mixed_grouped_gemm_sm90 import (
     COLUMNS,
     MAX_SMEM,
@@ -48,6 +49,7 @@ from qjax.pallas_kernels._mixed_grouped_gemm_sm90 import (
     MixedTileConfig,
     launch,
 )
+from qjax.pallas_kernels.fp8_split_sm90 import fp8_split
 from qjax.wgmma_layout import BLOCK, WORDS
 
 __all__ = [
@@ -59,7 +61,6 @@ __all__ = [
     "choose_tiles",
     "mixed_gated_grouped_gemm",
     "mixed_grouped_gemm",
-    "split_rows",
     "unsupported_reason",
     "with_stages",
 ]
@@ -102,7 +103,7 @@ def unsupported_reason(
         return f"groups must be of 32, 64 or a multiple of 128 columns; found {group_size}"
     if n < BLOCK or n % BLOCK or k < BLOCK or k % BLOCK:
         return f"N and K must be multiples of {BLOCK}; found N={n}, K={k}"
-    return None
+    return fp8_split_sm90.unsupported_reason(k) if element == "float4_e2m1fn" else None
 
 
 class FP8Rows(NamedTuple):
@@ -115,22 +116,6 @@ class FP8Rows(NamedTuple):
 
     terms: tuple[Array, ...]
     scale: Array
-
-
-def split_rows(x: Array) -> FP8Rows:
-    """Activations of 16 bits [T, K] as e4m3 and e5m2 terms with a power of two for each row.
-
-    e4m3 rounds a number to four bits, from 2^7 of a row's largest downwards; what is left over of bfloat16's
-    eight bits are at most three and a half, which e5m2 holds.
-    """
-    amax = jnp.max(jnp.abs(x), axis=1, initial=0).astype(jnp.float32)
-    exponent = lax.bitcast_convert_type(amax, jnp.uint32) & jnp.uint32(0x7F800000)
-    power = lax.bitcast_convert_type(exponent, jnp.float32)  # the largest not above amax
-    scale = jnp.where(power < 2.0**-100, 2.0**-100, power * 2.0**-7)
-    scaled = x.astype(jnp.float32) / lax.optimization_barrier(scale)[:, None]
-    first = scaled.astype(jnp.float8_e4m3fn)
-    rest = (scaled - first.astype(jnp.float32)).astype(jnp.float8_e5m2)
-    return FP8Rows((first, rest), jnp.pad(scale, (0, COLUMNS[-1]), constant_values=1.0))
 
 
 def choose_tiles(
@@ -191,7 +176,7 @@ def mixed_grouped_gemm(
 
     Args:
         x: [T, K], rows sorted by group, no padding between groups: 16 bits, or FP8 terms for FP4 weights
-            (which `split_rows` makes of 16 bits here).
+            (which `fp8_split` makes of 16 bits here).
         weights: The groups' weights.
         group_sizes: int32 [E], rows of each group, any that are not negative; their sum is at most T.
         element: "float4_e2m1fn" or "int4" (u = q + 8).
@@ -305,12 +290,14 @@ def _grouped(
             f"{op}: needs a depth of at least {least}{' and 2 pieces' * gated}; found {config}"
         )
     if element == "float4_e2m1fn" and not isinstance(x, FP8Rows):
-        x = split_rows(x)
+        first, rest, scale = fp8_split(x)
+        x = FP8Rows((first, rest), scale)
     terms, scale = x if isinstance(x, FP8Rows) else ((x,), None)
-    if rows % 8:  # TMA wants the array's rows in whole tiles
+    if terms[0].shape[0] % 8:  # TMA wants the array's rows in whole tiles
         terms = tuple(jnp.pad(t, ((0, -rows % 8), (0, 0))) for t in terms)
-    if scale is not None and scale.shape[0] < rows + COLUMNS[-1]:  # plain loads know no bounds
-        scale = jnp.pad(scale, (0, rows + COLUMNS[-1] - scale.shape[0]))
+    needed = terms[0].shape[0] + COLUMNS[-1]
+    if scale is not None and scale.shape[0] < needed:  # plain loads know no bounds
+        scale = jnp.pad(scale, (0, needed - scale.shape[0]))
     out = launch(
         terms,
         scale,

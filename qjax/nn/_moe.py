@@ -1,6 +1,7 @@
 """Mixture of experts: stacked expert weights, dispatch, combination; experts and ffn channels cut over a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from qjax.nn._router import Router, Routing
 from qjax.ops import (
     SILU,
     GatedActivation,
+    expert_order,
     gated_activation,
     gated_ragged_dot,
     ragged_dot,
@@ -208,28 +210,40 @@ class LocalExperts:
 def gated_product(
     gate: LocalExperts,
     up: LocalExperts | None,
-    x: Array,
-    group_sizes: Array,
+    x: Float[Array, "T K"],
+    group_sizes: Int[Array, " E"],
+    rows: Int[Array, " M"],
     activation: GatedActivation = SILU,
-) -> Array:
+) -> Float[Array, "M N"]:
     """The gated activation of gate(x) and up(x), in one kernel where there is one.
 
     Args:
         gate: An `alternating` layer has both.
         up: None beside such a layer.
-        x: [M, K].
+        x: The tokens.
         group_sizes: Rows of each expert.
+        rows: The token of each row, rows sorted by expert.
         activation: Which one.
     """
+    gather = functools.partial(jnp.take, x, rows, axis=0, mode="clip")
     weight = None
     if up is not None:
         plain = all(part is None for part in (*gate.operands[1:], *up.operands[1:]))
         if not plain or gate.layer.activation_format != up.layer.activation_format:
-            return gated_activation(gate(x, group_sizes), up(x, group_sizes), activation)
+            sorted_x = gather()
+            products = gate(sorted_x, group_sizes), up(sorted_x, group_sizes)
+            return gated_activation(*products, activation)
         weight = up.operands[0]
-    rows, options = gate.layer.local_arguments(gate.operands, x)
+    quantized = gate.layer.activation_format is not None
+    lhs, options = gate.layer.local_arguments(gate.operands, gather() if quantized else x)
     return gated_ragged_dot(
-        rows, gate.operands[0], weight, group_sizes, activation=activation, **options
+        lhs,
+        gate.operands[0],
+        weight,
+        group_sizes,
+        rows=None if quantized else rows,
+        activation=activation,
+        **options,
     )
 
 
@@ -326,11 +340,12 @@ class Experts(nnx.Module):
     def feed_forward(
         self,
         product: Mapping[str, LocalExperts],
-        x: Float[Array, "M D"],
+        x: Float[Array, "T D"],
         group_sizes: Int[Array, " E"],
+        rows: Int[Array, " M"],
     ) -> Float[Array, "M D"]:
-        """The experts' outputs for rows sorted by expert, in x's dtype."""
-        hidden = gated_product(product["gate_proj"], product["up_proj"], x, group_sizes)
+        """The experts' outputs in x's dtype for rows sorted by expert, `rows` the token of each."""
+        hidden = gated_product(product["gate_proj"], product["up_proj"], x, group_sizes, rows)
         return product["down_proj"](hidden, group_sizes)
 
     def __call__(
@@ -365,15 +380,13 @@ class Experts(nnx.Module):
         b, t, d = x.shape
         k = experts.shape[-1]
         count = self.num_experts // self.sharding.size(self.expert_axis)
-        expert = experts.reshape(-1)
+        expert = experts.reshape(-1, k)
         if self.expert_axis is not None:
             expert = expert - jax.lax.axis_index(self.expert_axis) * count
             expert = jnp.where((expert >= 0) & (expert < count), expert, count)
-        order = jnp.argsort(expert, stable=True)
-        group_sizes = jnp.bincount(expert, length=count + 1)[:count]
-        rows = jnp.take(x.reshape(-1, d), order // k, axis=0)
-        y = self.feed_forward(product, rows, group_sizes)
-        y = jnp.take(y, jnp.argsort(order), axis=0).reshape(b, t, k, d).astype(jnp.float32)
+        rows, places, group_sizes = expert_order(expert, count)
+        y = self.feed_forward(product, x.reshape(-1, d), group_sizes, rows)
+        y = jnp.take(y, places, axis=0, mode="clip").reshape(b, t, k, d).astype(jnp.float32)
         return jnp.sum(y * weights.astype(jnp.float32)[..., None], axis=2)
 
 

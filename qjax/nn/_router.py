@@ -79,8 +79,9 @@ def route(
         choice = choice + correction.reshape((1,) * (choice.ndim - 1) + (-1,))
     if routing.groups > 1:
         choice = jnp.where(_open_experts(choice, routing), choice, -jnp.inf)
-    experts = jax.lax.top_k(choice, routing.top_k)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    weights, experts = jax.lax.top_k(choice, routing.top_k)
+    if choice is not scores:
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
     if routing.scoring == "softmax_of_chosen":
         weights = jax.nn.softmax(weights, axis=-1)
     if routing.normalize:

@@ -5,6 +5,7 @@ from qjax.ops._attention import dot_product_attention, paged_attention
 from qjax.ops._dispatch import device_reason, require_kernels
 from qjax.ops._dot import dot, straight_through
 from qjax.ops._dot_kernels import prepack, prepackable
+from qjax.ops._expert_order import expert_order
 from qjax.ops._fp8_training import GRADIENT_ELEMENTS, fp8_dot
 from qjax.ops._gated_ragged_dot import gated_ragged_dot
 from qjax.ops._kv_cache_write import Rotation, kv_cache_write, rotate, write_pages
@@ -29,6 +30,7 @@ __all__ = [
     "device_reason",
     "dot",
     "dot_product_attention",
+    "expert_order",
     "fp8_dot",
     "gated_activation",
     "gated_ragged_dot",

@@ -20,7 +20,8 @@ from qjax.ops._ragged_dot import (
     unsupported_reason,
 )
 from qjax.pallas_kernels import mixed_grouped_gemm_sm90
-from qjax.pallas_kernels.mixed_grouped_gemm_sm90 import GatedActivation
+from qjax.pallas_kernels.fp8_split_sm90 import fp8_split
+from qjax.pallas_kernels.mixed_grouped_gemm_sm90 import FP8Rows, GatedActivation
 from qjax.qarray import QArray
 
 
@@ -30,6 +31,7 @@ def gated_ragged_dot(
     up: Array | QArray | None,
     group_sizes: Int[Array, " E"],
     *,
+    rows: Int[Array, " M"] | None = None,
     activation: GatedActivation = SILU,
     bias: Float[Array, "E N2"] | None = None,
     activation_format: ActivationFormat | None = None,
@@ -48,6 +50,7 @@ def gated_ragged_dot(
         up: Likewise; None if `gate` is [E, 2N, K] with both, even rows gate's and odd rows up's (one kernel needs
             them in "wgmma8_pairs" storage).
         group_sizes: As `ragged_dot`'s.
+        rows: The row of lhs [T, K] that each sorted row is; default they are lhs'. The kernel gathers them itself.
         activation: Which one; default silu(gate) * up.
         bias: [E, 2N] with both, alternating, added in float32; only where `up` is None.
         activation_format: As `ragged_dot`'s.
@@ -56,8 +59,13 @@ def gated_ragged_dot(
         implementation: As `ragged_dot`'s.
 
     Raises:
-        ValueError: As `ragged_dot`, and for a bias beside two weights.
+        ValueError: As `ragged_dot`, and for a bias beside two weights or rows of a quantized lhs.
     """
+    if rows is not None and isinstance(lhs, QArray):
+        raise ValueError(
+            "gated_ragged_dot: rows are gathered before they are quantized: pass lhs in order, or floating; found "
+            f"{lhs.format.element}{list(lhs.shape)}"
+        )
     if up is not None and bias is not None:
         raise ValueError(
             "gated_ragged_dot: a bias has alternating numbers of gate and up, and so must the weight's rows: "
@@ -69,10 +77,11 @@ def gated_ragged_dot(
         if not unsupported_reason(lhs, gate, activation_format=inputs, out_dtype=out_dtype):
             run: Any = _product if isinstance(lhs, QArray) else _differentiable
             static = (activation, activation_format, out_dtype.name)
-            return run(static, lhs, gate, up, group_sizes, bias)
+            return run(static, lhs, rows, gate, up, group_sizes, bias)
     return _unfused(
         activation,
         lhs,
+        rows,
         gate,
         up,
         group_sizes,
@@ -94,48 +103,63 @@ def _one_kernel(gate: Array | QArray, up: Array | QArray | None) -> bool:
     return up.format == gate.format and up.shape == gate.shape and gate.format.ordered
 
 
-def _unfused(activation, lhs, gate, up, group_sizes, bias, **options) -> Array:
+def _unfused(activation, lhs, rows, gate, up, group_sizes, bias, **options) -> Array:
     """Each product by itself, in the output's dtype."""
+    lhs = _gathered(lhs, rows)
     first = ragged_dot(lhs, gate, group_sizes, bias=bias, **options)
     if up is None:
         return gated_activation(first[:, 0::2], first[:, 1::2], activation)
     return gated_activation(first, ragged_dot(lhs, up, group_sizes, **options), activation)
 
 
-def _product(static, lhs, gate: QArray, up: QArray | None, group_sizes, bias) -> Array:
+def _gathered(lhs, rows):
+    if rows is None:
+        return lhs
+    return jnp.take(lhs, rows, axis=0, mode="clip")  # checked bounds would be a kernel of their own
+
+
+def _product(static, lhs, rows, gate: QArray, up: QArray | None, group_sizes, bias) -> Array:
     """Both products and the activation by one kernel."""
     activation, activation_format, out_dtype = static
-    return mixed_grouped_gemm_sm90.mixed_gated_grouped_gemm(
-        mixed_rows(lhs, activation_format),
+    if rows is not None and (gate.format.element, activation_format) == ("float4_e2m1fn", None):
+        *terms, scale = fp8_split(lhs, rows)
+        x = FP8Rows(tuple(terms), scale)
+    else:
+        x = mixed_rows(_gathered(lhs, rows), activation_format)
+    count = lhs.shape[0] if rows is None else rows.shape[0]
+    out = mixed_grouped_gemm_sm90.mixed_gated_grouped_gemm(
+        x,
         mixed_weights(gate, bias),
         None if up is None else mixed_weights(up),
         group_sizes.astype(jnp.int32),
         activation=activation,
         out_dtype=out_dtype,
+        expected_rows=count / gate.shape[0],
         num_sms=num_sms(),
         **mixed_options(gate),
     )
+    return out[:count]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(static, lhs, gate, up, group_sizes, bias):
-    return _product(static, lhs, gate, up, group_sizes, bias)
+def _differentiable(static, *operands):
+    return _product(static, *operands)
 
 
-def _forward(static, lhs, gate, up, group_sizes, bias):
-    return _product(static, lhs, gate, up, group_sizes, bias), (lhs, gate, up, group_sizes, bias)
+def _forward(static, *operands):
+    return _product(static, *operands), operands
 
 
 def _backward(static, residuals, g):
     activation, activation_format, out_dtype = static
-    lhs, gate, up, group_sizes, bias = residuals
+    lhs, rows, gate, up, group_sizes, bias = residuals
 
     def unfused(lhs, bias):
         options = dict(activation_format=activation_format, out_dtype=out_dtype)
-        return _unfused(activation, lhs, gate, up, group_sizes, bias, **options)
+        return _unfused(activation, lhs, rows, gate, up, group_sizes, bias, **options)
 
     d_lhs, d_bias = jax.vjp(unfused, lhs, bias)[1](g)
-    return d_lhs, None, None, None, d_bias
+    return d_lhs, None, None, None, None, d_bias
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -1,0 +1,135 @@
+"""Activations of 16 bits as sums of two FP8 terms, for Hopper.
+
+One warpgroup makes one row, which may be any row of the input: tokens are gathered for their experts on the way.
+The row stays in registers between its amax and its terms; see `fp8_split_reference` for the numbers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from qjax.pallas_kernels import _quantize_sm90 as tools
+
+BLOCK = 64
+CHUNK = 32  # blocks of a register array, at most
+MAX_ROW = 16384
+PAST = 136  # the rows that fill up 8, and the widest tile from there
+SMALLEST = 2.0**-100  # powers below are taken for it, so that no scale is subnormal
+_EXPONENT = 0x7F800000
+
+
+def unsupported_reason(k: int, *, x_dtype: DTypeLike = "bfloat16") -> str | None:
+    """Why the kernel can't take rows of k columns, None if it can."""
+    if jnp.dtype(x_dtype) != jnp.bfloat16:
+        return f"x must be bfloat16; found {jnp.dtype(x_dtype).name}"
+    if k < 2 * BLOCK or k % BLOCK or k > MAX_ROW:
+        return f"K must be a multiple of {BLOCK} from {2 * BLOCK} to {MAX_ROW}; found {k}"
+    return None
+
+
+def fp8_split_reference(x: Array) -> tuple[Array, Array, Array]:
+    """What the kernel computes, by XLA: (e4m3 [T, K], e5m2 [T, K], float32 scales [T]), scale * sum of terms = x.
+
+    A row's scale is the power of two that puts its largest number into [2^7, 2^8). e4m3 rounds a number to four
+    bits, from 2^7 of a row's largest downwards; what is left over of bfloat16's eight bits are at most three and
+    a half, which e5m2 holds. A row with an infinity or a NaN is NaN.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint16) & jnp.uint16(0x7F80)
+    exponent = jnp.max(bits, axis=1, initial=0).astype(jnp.uint32) << 16
+    scale, inverse = _scales(exponent)
+    scaled = x.astype(jnp.float32) * inverse[:, None]
+    first = scaled.astype(jnp.float8_e4m3fn)
+    rest = (scaled - first.astype(jnp.float32)).astype(jnp.float8_e5m2)
+    return first, rest, scale
+
+
+def _scales(exponent: Array) -> tuple[Array, Array]:
+    """The scale and its inverse for the exponent bits of a row's largest number, both exact."""
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    scale = jnp.maximum(power, SMALLEST) * 2.0**-7
+    bits = lax.bitcast_convert_type(scale, jnp.uint32)
+    inverse = lax.bitcast_convert_type(jnp.uint32(0x7F000000) - bits, jnp.float32)
+    infinite = power == jnp.inf
+    return jnp.where(infinite, jnp.nan, scale), jnp.where(infinite, 1.0, inverse)
+
+
+def fp8_split(x: Array, rows: Array | None = None) -> tuple[Array, Array, Array]:
+    """Two FP8 terms of rows of x, as `fp8_split_reference` has them.
+
+    Args:
+        x: [T, K], bfloat16.
+        rows: int32 [M], the row of x that each row of the result is; default all of them in order.
+
+    Returns:
+        Terms e4m3 and e5m2 [M', K], M' = M rounded up to 8, and float32 scales [M + `PAST`], as the product reads
+        them; what is past M is not written.
+
+    Raises:
+        ValueError: If the shapes are not those above, or `unsupported_reason` has a reason.
+    """
+    if x.ndim != 2 or 0 in x.shape or (rows is not None and rows.ndim != 1):
+        found = list(x.shape), None if rows is None else list(rows.shape)
+        raise ValueError(f"fp8_split: x must be [T, K] and rows [M], not empty; found {found}")
+    if reason := unsupported_reason(x.shape[1], x_dtype=x.dtype):
+        raise ValueError(f"fp8_split: {reason}")
+    count, k = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
+    shape = (pl.cdiv(count, 8) * 8, k // BLOCK, BLOCK)
+    first, rest, scale = plgpu.kernel(
+        functools.partial(_row_kernel, gathered=rows is not None),
+        out_type=(
+            jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct(shape, jnp.float8_e5m2),
+            jax.ShapeDtypeStruct((count + PAST,), jnp.float32),
+        ),
+        grid=(count,),
+        grid_names=("row",),
+        num_threads=1,
+        thread_name="wg",
+        kernel_name="fp8_split",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(x.reshape(-1, *shape[1:]), *([] if rows is None else [rows.astype(jnp.int32)]))
+    return first.reshape(-1, k), rest.reshape(-1, k), scale
+
+
+def _row_kernel(x_gmem, *refs, gathered: bool):
+    *index, first_gmem, rest_gmem, scale_gmem = refs
+    row = lax.axis_index("row")
+    source = index[0][row] if gathered else row
+    chunks = _chunks(x_gmem.shape[1])
+    values = [
+        plgpu.load(x_gmem.at[source, pl.ds(*chunk)], layout=_layout(chunk[1]), optimized=False)
+        for chunk in chunks
+    ]
+    exponents = [lax.bitcast_convert_type(v, jnp.int16) & 0x7F80 for v in values]
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.max(e, axis=1)) for e in exponents])
+    scale = None
+    for chunk, value in zip(chunks, values, strict=True):
+        layout = _layout(chunk[1])
+        spread = plgpu.layout_cast(jnp.broadcast_to(largest.astype(jnp.int32), value.shape), layout)
+        scale, inverse = _scales(spread << 16)
+        scaled = value.astype(jnp.float32) * inverse
+        first = scaled.astype(jnp.float8_e4m3fn)
+        first_gmem[row, pl.ds(*chunk)] = first
+        rest = scaled - first.astype(jnp.float32)
+        rest_gmem[row, pl.ds(*chunk)] = rest.astype(jnp.float8_e5m2)
+    assert scale is not None
+    scale_gmem[row] = jnp.max(jnp.max(scale, axis=1))
+
+
+def _layout(blocks: int):
+    return tools.row_major_layout((blocks, BLOCK))
+
+
+def _chunks(blocks: int) -> list[tuple[int, int]]:
+    """(first block, blocks), powers of two from 2, which register layouts need; the last may repeat a block."""
+    chunks, done = [], 0
+    while done < blocks:
+        size = min(CHUNK, max(1 << ((blocks - done).bit_length() - 1), 2))
+        chunks.append((min(done, blocks - size), size))
+        done += size
+    return chunks
