@@ -55,6 +55,23 @@ def row_major_layout(shape: tuple[int, ...], *, per_thread: int = 0):
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
+def chunks(first, blocks: int, *, most: int, least: int = 1) -> list[tuple]:
+    """(first block, blocks) of the parts of a row, powers of two, which `row_major_layout` needs.
+
+    Args:
+        first: Where the row's blocks begin, a number or a traced one.
+        blocks: How many there are, at least `least`.
+        most: Of a part, a power of two.
+        least: Likewise; the last part may repeat blocks.
+    """
+    parts, done = [], 0
+    while done < blocks:
+        size = min(most, max(1 << ((blocks - done).bit_length() - 1), least))
+        parts.append((first + min(done, blocks - size), size))
+        done += size
+    return parts
+
+
 def largest(dtype: DTypeLike) -> float:
     """The dtype's largest finite value."""
     return float(jnp.finfo(dtype).max)

@@ -201,22 +201,12 @@ class _Plan:
     def for_each_part(self, part, body) -> None:
         """Calls body with the chunks, [(first block, blocks)], of a CTA."""
         last = self.parts - 1
-        rest = _chunks(last * self.each, self.blocks - last * self.each)
+        rest = tools.chunks(last * self.each, self.blocks - last * self.each, most=CHUNK)
         if not last:
             body(rest)
             return
-        pl.when(part < last)(lambda: body(_chunks(part * self.each, self.each)))
+        pl.when(part < last)(lambda: body(tools.chunks(part * self.each, self.each, most=CHUNK)))
         pl.when(part == last)(lambda: body(rest))
-
-
-def _chunks(first, blocks: int) -> list:
-    """Powers of two, which register layouts need."""
-    chunks, done = [], 0
-    while done < blocks:
-        size = min(CHUNK, 1 << ((blocks - done).bit_length() - 1))
-        chunks.append((first + done, size))
-        done += size
-    return chunks
 
 
 def _quantize_rows(op, inputs, scaling, scale, dtype, bounds, eps=0.0) -> tuple[Array, ...]:

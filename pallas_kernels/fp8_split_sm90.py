@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from qjax.pallas_kernels import _quantize_sm90 as tools
 
 BLOCK = 64
-CHUNK = 32  # blocks of a register array, at most
+CHUNK = 32  # blocks of a register array, at most; at least 2, so that every thread holds some
 MAX_ROW = 16384
 PAST = 136  # the rows that fill up 8, and the widest tile from there
 SMALLEST = 2.0**-100  # powers below are taken for it, so that no scale is subnormal
@@ -39,21 +39,21 @@ def fp8_split_reference(x: Array) -> tuple[Array, Array, Array]:
     bits, from 2^7 of a row's largest downwards; what is left over of bfloat16's eight bits are at most three and
     a half, which e5m2 holds. A row with an infinity or a NaN is NaN.
     """
-    bits = lax.bitcast_convert_type(x, jnp.uint16) & jnp.uint16(0x7F80)
-    exponent = jnp.max(bits, axis=1, initial=0).astype(jnp.uint32) << 16
-    scale, inverse = _scales(exponent)
-    scaled = x.astype(jnp.float32) * inverse[:, None]
+    values = x.astype(jnp.float32)
+    exponents = lax.bitcast_convert_type(values, jnp.int32) & _EXPONENT
+    scale, inverse = _scales(jnp.max(exponents, axis=1, initial=0))
+    scaled = values * inverse[:, None]
     first = scaled.astype(jnp.float8_e4m3fn)
     rest = (scaled - first.astype(jnp.float32)).astype(jnp.float8_e5m2)
     return first, rest, scale
 
 
 def _scales(exponent: Array) -> tuple[Array, Array]:
-    """The scale and its inverse for the exponent bits of a row's largest number, both exact."""
+    """The scale and its inverse for the exponent of a row's largest number, as float32 has it; both exact."""
     power = lax.bitcast_convert_type(exponent, jnp.float32)
     scale = jnp.maximum(power, SMALLEST) * 2.0**-7
-    bits = lax.bitcast_convert_type(scale, jnp.uint32)
-    inverse = lax.bitcast_convert_type(jnp.uint32(0x7F000000) - bits, jnp.float32)
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    inverse = lax.bitcast_convert_type(2 * (127 << 23) - bits, jnp.float32)
     infinite = power == jnp.inf
     return jnp.where(infinite, jnp.nan, scale), jnp.where(infinite, 1.0, inverse)
 
@@ -100,19 +100,20 @@ def _row_kernel(x_gmem, *refs, gathered: bool):
     *index, first_gmem, rest_gmem, scale_gmem = refs
     row = lax.axis_index("row")
     source = index[0][row] if gathered else row
-    chunks = _chunks(x_gmem.shape[1])
+    chunks = tools.chunks(0, x_gmem.shape[1], most=CHUNK, least=2)
     values = [
         plgpu.load(x_gmem.at[source, pl.ds(*chunk)], layout=_layout(chunk[1]), optimized=False)
         for chunk in chunks
     ]
-    exponents = [lax.bitcast_convert_type(v, jnp.int16) & 0x7F80 for v in values]
+    values = [v.astype(jnp.float32) for v in values]
+    exponents = [lax.bitcast_convert_type(v, jnp.int32) & _EXPONENT for v in values]
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.max(e, axis=1)) for e in exponents])
     scale = None
     for chunk, value in zip(chunks, values, strict=True):
         layout = _layout(chunk[1])
-        spread = plgpu.layout_cast(jnp.broadcast_to(largest.astype(jnp.int32), value.shape), layout)
-        scale, inverse = _scales(spread << 16)
-        scaled = value.astype(jnp.float32) * inverse
+        spread = plgpu.layout_cast(jnp.broadcast_to(largest, value.shape), layout)
+        scale, inverse = _scales(spread)
+        scaled = value * inverse
         first = scaled.astype(jnp.float8_e4m3fn)
         first_gmem[row, pl.ds(*chunk)] = first
         rest = scaled - first.astype(jnp.float32)
@@ -123,13 +124,3 @@ def _row_kernel(x_gmem, *refs, gathered: bool):
 
 def _layout(blocks: int):
     return tools.row_major_layout((blocks, BLOCK))
-
-
-def _chunks(blocks: int) -> list[tuple[int, int]]:
-    """(first block, blocks), powers of two from 2, which register layouts need; the last may repeat a block."""
-    chunks, done = [], 0
-    while done < blocks:
-        size = min(CHUNK, max(1 << ((blocks - done).bit_length() - 1), 2))
-        chunks.append((min(done, blocks - size), size))
-        done += size
-    return chunks
