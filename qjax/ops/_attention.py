@@ -58,7 +58,7 @@ def dot_product_attention(
         positions = jnp.broadcast_to(jnp.arange(query.shape[1])[None], query.shape[:2])
     if choose("dot_product_attention", implementation, reason) == "pallas_mosaic_gpu":
         return _differentiable_prefill(options, query, key, value, sinks, positions, lengths)
-    return _xla(query, key, value, positions, options, sinks)
+    return _xla(query, key, value, positions, lengths, options, sinks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,11 +71,11 @@ def _prefill_forward(options, *arrays):
 
 
 def _prefill_backward(options, arrays, gradient):
-    *differentiable, positions, _ = arrays
+    *differentiable, positions, lengths = arrays
     log_fallback("the gradient of dot_product_attention", "no kernel yet")
 
     def reference(query, key, value, sinks):
-        return _xla(query, key, value, positions, options, sinks)
+        return _xla(query, key, value, positions, lengths, options, sinks)
 
     return (*jax.vjp(reference, *differentiable)[1](gradient), None, None)
 
@@ -130,7 +130,7 @@ def paged_attention(
         return attend_pages(kernel, query, *pages, positions, lengths, sinks, options)
     key = _gather(key_pages, page_table)
     value = key[..., :value_dim] if value_pages is None else _gather(value_pages, page_table)
-    return _xla(query, key, value, positions, options, sinks)
+    return _xla(query, key, value, positions, lengths, options, sinks)
 
 
 def _gather(pages: Array | QArray, page_table: Array) -> Float[Array, "B S K H"]:
@@ -142,15 +142,19 @@ def _gather(pages: Array | QArray, page_table: Array) -> Float[Array, "B S K H"]
     return jnp.moveaxis(taken, 2, 3).reshape(b, pages_per_sequence * page_size, heads, dim)
 
 
-def _xla(query, key, value, positions, options: Options, sinks) -> Array:
+def _xla(query, key, value, positions, lengths, options: Options, sinks) -> Array:
     """The reference: masked softmax in float32."""
     b, t, n, h = query.shape
     s, heads = key.shape[1:3]
     if n % heads:
         raise ValueError(f"attention: {heads} key heads must divide {n} query heads")
     scale = h**-0.5 if options.scale is None else options.scale
+    # Past its end are what was never written and what other sequences wrote: 0 * garbage must stay 0.
+    ends = positions[:, -1] + 1 if lengths is None else lengths
+    inside = (jnp.arange(s)[None] < ends[:, None])[..., None, None]
+    key, value = (jnp.where(inside, x.astype(jnp.float32), 0.0) for x in (key, value))
     q = query.astype(jnp.float32).reshape(b, t, heads, n // heads, h) * scale
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, key.astype(jnp.float32), precision="highest")
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, key, precision="highest")
     if options.logit_soft_cap is not None:
         logits = options.logit_soft_cap * jnp.tanh(logits / options.logit_soft_cap)
     distance = positions[:, :, None] - jnp.arange(s)[None, None, :]
@@ -164,8 +168,5 @@ def _xla(query, key, value, positions, options: Options, sinks) -> Array:
     top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), sink)
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top)
-    # Rows of padded queries may see keys that were never written: 0 * garbage must stay 0.
-    seen = jnp.any(visible, axis=1)[..., None, None]
-    value = jnp.where(seen, value.astype(jnp.float32), 0.0)
     out = jnp.einsum("bkgts,bskh->btkgh", weights / total, value, precision="highest")
     return out.reshape(b, t, n, value.shape[-1]).astype(query.dtype)

@@ -117,6 +117,23 @@ def test_latent_values_are_the_keys_first_channels():
     np.testing.assert_allclose(out, dot_product_attention(q, k, k[..., :5]), rtol=1e-5, atol=1e-6)
 
 
+def test_what_lies_past_a_sequence_never_matters():
+    """Pages hold what other sequences wrote; padded queries see it, real ones and their finiteness do not."""
+    q, k, v = (normal(2, 8, 2, 16, seed=i) for i in (0, 1, 2))
+    lengths = jnp.asarray([5, 8])
+    expected = dot_product_attention(q, k, v)
+    past = (jnp.arange(8)[None] >= lengths[:, None])[..., None, None]
+    k, v = (jnp.where(past, jnp.nan, x) for x in (k, v))
+    out = np.asarray(dot_product_attention(q, k, v, lengths=lengths))
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[0, :5], expected[0, :5], rtol=1e-6)
+    np.testing.assert_allclose(out[1], expected[1], rtol=1e-6)
+    pages = [jnp.moveaxis(x.reshape(4, 4, 2, 16), 2, 1) for x in (k, v)]
+    where = dict(positions=jnp.tile(jnp.arange(8)[None], (2, 1)), lengths=lengths)
+    paged = paged_attention(q, *pages, jnp.asarray([[0, 1], [2, 3]]), **where)
+    np.testing.assert_allclose(paged, out, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["float32", "fp8_e4m3", "nvfp4"])
 def test_padding_is_not_written(name):
     cache = create(B, T, [LayerShape(K, 16, 16)], kv_cache_format(name), page_size=8)
