@@ -20,6 +20,7 @@ CTA returns its normalized part and the logarithm of its sum, from which `combin
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def unsupported_reason(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Static sizes of one call."""
 
     heads: int
@@ -139,9 +140,49 @@ def mla_decode_attention(
         ValueError: If shapes or dtypes are not those above, or `unsupported_reason` has a reason.
     """
     _check(query, latent_pages, page_table, lengths, scale)
+    options = dict(scale=scale, splits=splits, num_sms=num_sms)
+    return attend(
+        query,
+        (latent_pages,),
+        page_table,
+        lengths,
+        produce=_produce,
+        registers=REGISTERS,
+        name="mla_decode_attention",
+        **options,
+    )
+
+
+def attend(
+    query: Array,
+    pools: tuple[Array, ...],
+    page_table: Array,
+    lengths: Array,
+    *,
+    produce: Callable[..., None],
+    registers: tuple[int, int],
+    name: str,
+    scale: float,
+    splits: int | None,
+    num_sms: int | None,
+) -> tuple[Array, Array]:
+    """`mla_decode_attention` of checked arguments over any pools.
+
+    Args:
+        query: As there.
+        pools: Pages, [P, page_size, ...] each.
+        page_table: As there.
+        lengths: As there.
+        produce: The producer warpgroup's part, of the pools, the table, and where its tiles are.
+        registers: Of the producer's threads and of the math warpgroups'.
+        name: Of the kernel.
+        scale: As there.
+        splits: As there.
+        num_sms: As there.
+    """
     batch, steps, heads, dim = query.shape
-    page_size = latent_pages.shape[1]
-    plan = _Plan(heads, steps, page_size, 1, float(scale))
+    page_size = pools[0].shape[1]
+    plan = Plan(heads, steps, page_size, 1, float(scale))
     if splits is None:
         num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
         splits = choose_splits(
@@ -154,7 +195,7 @@ def mla_decode_attention(
         query = jnp.pad(query, ((0, 0), (0, -rows % 8), (0, 0)))
     out_dtype = query.dtype if splits == 1 else jnp.float32
     out, logs = plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
+        functools.partial(_kernel, plan=plan, produce=produce, registers=registers),
         out_type=(
             jax.ShapeDtypeStruct((batch, splits, query.shape[1], 2, VALUE_DIM // 2), out_dtype),
             jax.ShapeDtypeStruct((batch, splits, plan.blocks * ROWS), jnp.float32),
@@ -163,14 +204,14 @@ def mla_decode_attention(
         grid_names=("sequence", "split", "block"),
         num_threads=3,
         thread_name="wg",
-        kernel_name="mla_decode_attention",
+        kernel_name=name,
         scratch_types=_scratch(plan, out_dtype),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=0,  # rows are reduced by shuffles
         ),
-    )(query, latent_pages, page_table, lengths)
+    )(query, *pools, page_table, lengths)
     out = out.reshape(batch, splits, -1, VALUE_DIM)[:, :, :rows]
     out, logs = combine(out, logs[:, :, :rows], dtype=query.dtype)
     shape = (batch, steps, heads)
@@ -231,7 +272,7 @@ def _check(query, latent_pages, page_table, lengths, scale):
         raise ValueError(f"mla_decode_attention: scale must be positive; found {scale}")
 
 
-def _scratch(plan: _Plan, out_dtype) -> dict:
+def _scratch(plan: Plan, out_dtype) -> dict:
     def tiled(swizzle: int, dtype):
         columns = swizzle // jnp.dtype(dtype).itemsize
         return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
@@ -254,7 +295,8 @@ def _scratch(plan: _Plan, out_dtype) -> dict:
     )
 
 
-def _kernel(q_gmem, pages_gmem, table_gmem, lengths_gmem, out_gmem, logs_gmem, *, plan, **scratch):
+def _kernel(q_gmem, *refs, plan: Plan, produce, registers, **scratch):
+    *pools, table_gmem, lengths_gmem, out_gmem, logs_gmem = refs
     sequence, split = lax.axis_index("sequence"), lax.axis_index("split")
     wg, row = lax.axis_index("wg"), lax.axis_index("block") * ROWS
     length = lengths_gmem[sequence, plan.queries - 1]
@@ -266,22 +308,14 @@ def _kernel(q_gmem, pages_gmem, table_gmem, lengths_gmem, out_gmem, logs_gmem, *
 
     @pl.when(wg == 2)
     def producer():
-        plgpu.set_max_registers(REGISTERS[0], action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
         queries = q_gmem.at[sequence, pl.ds(row, ROWS)]
         plgpu.copy_gmem_to_smem(queries, scratch["q_smem"], scratch["q_full"])
-        table = functools.partial(_page_numbers, table_gmem, sequence, plan=plan)
-
-        def load(j, numbers):
-            following = table(first + j + 1)
-            valid = length - (first + j) * TOKENS
-            _load_tile(j, (first + j) * TOKENS, valid, numbers, pages_gmem, plan=plan, **scratch)
-            return following
-
-        lax.fori_loop(0, count, load, table(first))
+        produce(pools, table_gmem, sequence, first, count, length, plan=plan, **scratch)
 
     @pl.when(wg < 2)
     def math():
-        plgpu.set_max_registers(REGISTERS[1], action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
         seen = [lengths_gmem[sequence, t] for t in range(plan.queries)]
         end = seen[0]
         if plan.queries > 1:
@@ -305,14 +339,28 @@ def _kernel(q_gmem, pages_gmem, table_gmem, lengths_gmem, out_gmem, logs_gmem, *
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _page_numbers(table_gmem, sequence, tile, *, plan: _Plan):
+def _produce(pools, table_gmem, sequence, first, count, length, *, plan: Plan, **scratch):
+    """Loads `count` tiles from the `first` on of a sequence of this length."""
+    (pages_gmem,) = pools
+    table = functools.partial(page_numbers, table_gmem, sequence, plan=plan)
+
+    def load(j, numbers):
+        following = table(first + j + 1)
+        valid = length - (first + j) * TOKENS
+        _load_tile(j, (first + j) * TOKENS, valid, numbers, pages_gmem, plan=plan, **scratch)
+        return following
+
+    lax.fori_loop(0, count, load, table(first))
+
+
+def page_numbers(table_gmem, sequence, tile, *, plan: Plan):
     """Pages of a tile; those past the table repeat its last."""
     first, last = lax.div(tile * TOKENS, plan.page_size), table_gmem.shape[1] - 1
     return tuple(table_gmem[sequence, lax.min(first + j, last)] for j in range(plan.pieces))
 
 
 def _load_tile(
-    j, token, valid, numbers, pages_gmem, *, plan: _Plan, ring_or_output, full, empty, arrived, **_
+    j, token, valid, numbers, pages_gmem, *, plan: Plan, ring_or_output, full, empty, arrived, **_
 ):
     """The producer's part of a tile."""
     slot = lax.rem(j, STAGES)
@@ -355,7 +403,7 @@ def _attend(
     count,
     wg,
     *,
-    plan: _Plan,
+    plan: Plan,
     q_smem,
     ring_or_output,
     p_smem,

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from qjax.formats import WHOLE, QFormat, qformat
 from qjax.ops import write_pages as write
 from qjax.qarray import QArray
+from qjax.quantization import compute_grid, quantize
 from qjax.recipe import KVCacheFormat
 from qjax.sharding import Sharding
 
@@ -31,10 +32,13 @@ class LayerCache:
     Attributes:
         key: [P, K, page_size, H], an array or a QArray of that logical shape.
         value: [P, K, page_size, Hv]; None where values are the keys' first channels (latent attention).
+        rotated: bfloat16 [P, K, page_size, Hr]: the keys' last channels, where `key` holds quantized latents
+            without them; None elsewhere.
     """
 
     key: Array | QArray
     value: Array | QArray | None
+    rotated: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -70,12 +74,21 @@ class KVCache:
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """What a layer caches per token: `heads` keys of `key_dim` channels and values of `value_dim` (0: none)."""
+    """What a layer caches per token: `heads` keys of `key_dim` channels and values of `value_dim`.
+
+    Attributes:
+        heads: K.
+        key_dim: H.
+        value_dim: Hv; 0 where values are the keys' first channels (latent attention).
+        heads_axis: Mesh axis of the heads.
+        rotated_dim: Channels at the end of a latent key that are rotated: quantized caches leave them alone.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
     heads_axis: str | None = None
+    rotated_dim: int = 0
 
 
 def page_format(format: KVCacheFormat) -> QFormat | None:
@@ -86,6 +99,32 @@ def page_format(format: KVCacheFormat) -> QFormat | None:
         return qformat("nvfp4")
     block = (1, WHOLE) if format.scale == "token_head" else (WHOLE, WHOLE)
     return QFormat(format.element, block)
+
+
+def latent_page_format(format: KVCacheFormat) -> QFormat | None:
+    """The `QFormat` of quantized pages of latents, None for plain ones.
+
+    E4M3 with a float32 scale per token and 128 channels, computed when a token is written; the rotated part of a key
+    stays bfloat16: 656 bytes per token of DeepSeek-V3 (FlashMLA's FP8 cache).
+
+    Raises:
+        ValueError: If there is no such cache of latents.
+    """
+    if not format.quantized:
+        return None
+    if format != KVCacheFormat("float8_e4m3fn"):
+        raise ValueError(
+            "kv_cache: latents (DeepSeek-V3, Kimi K2) are cached in bfloat16, float16, float32 or fp8_e4m3, "
+            f"whose scales are computed per token and 128 channels; found {format}"
+        )
+    return qformat("fp8_e4m3_1x128")
+
+
+def latent_values(latents: Float[Array, "*lead R"], format: QFormat) -> Float[Array, "*lead R"]:
+    """What pages of this format keep of latents, in their dtype."""
+    rows = latents[..., None, :]
+    kept = quantize(rows, format, grid=compute_grid(rows, format))
+    return kept.dequantize(latents.dtype)[..., 0, :]
 
 
 def create(
@@ -107,7 +146,7 @@ def create(
         format: Storage of the pages.
         scales: (key, value) scales per layer and head [K] as checkpoints have them, amax / 448; default 1.
             E5M2 takes none. NVFP4's global scale is a sixth of them, but 1 where they are 1 (not
-            calibrated).
+            calibrated). Latents take none.
         page_size: Tokens per page, a multiple of 8.
         sharding: Mesh and rules: pages are cut over batch and heads.
 
@@ -129,14 +168,27 @@ def create(
     for i, layer in enumerate(layers):
         key_scale, value_scale = (None, None) if scales is None else scales[i]
         shape = (batch * pages, layer.heads, page_size)
-        key = _pool((*shape, layer.key_dim), format, key_scale)
-        value = _pool((*shape, layer.value_dim), format, value_scale) if layer.value_dim else None
-        built.append(_place(LayerCache(key, value), sharding, (rows, layer.heads_axis)))
+        if layer.rotated_dim and (f := latent_page_format(format)):
+            pools = _latent_pools(shape, layer, f)
+        else:
+            key = _pool((*shape, layer.key_dim), format, key_scale)
+            width = layer.value_dim
+            pools = LayerCache(
+                key, _pool((*shape, width), format, value_scale) if width else None
+            )
+        built.append(_place(pools, sharding, (rows, layer.heads_axis)))
     return KVCache(
         tuple(built),
         _place(table, sharding, (rows,)),
         _place(jnp.zeros((batch,), jnp.int32), sharding, (rows,)),
     )
+
+
+def _latent_pools(shape: tuple[int, ...], layer: LayerShape, f: QFormat) -> LayerCache:
+    latent = (*shape, layer.key_dim - layer.rotated_dim)
+    scale = jnp.ones(f.scale_shape(latent), jnp.float32)
+    key = QArray.from_parts(f, jnp.zeros(latent, f.storage_dtype), scale)
+    return LayerCache(key, None, jnp.zeros((*shape, layer.rotated_dim), jnp.bfloat16))
 
 
 def _pool(shape: tuple[int, ...], format: KVCacheFormat, scale: Array | None) -> Array | QArray:

@@ -208,6 +208,8 @@ def calibrate_kv_scales(
     assert total is not None
     for layer, found in zip(model.model.layers, total, strict=True):
         attention = layer.self_attn
+        if found.value is None:  # latents: their scales are computed when they are written
+            continue
         for variable, value in ((attention.k_scale, found.key), (attention.v_scale, found.value)):
             repeat = value.shape[0] // variable.get_value().shape[0]
             heads = value[::repeat]

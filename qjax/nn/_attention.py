@@ -18,7 +18,6 @@ from qjax.ops import (
     Rotation,
     dot_product_attention,
     kv_cache_write,
-    latent_attention,
     paged_attention,
     straight_through,
 )
@@ -78,14 +77,13 @@ class HeadSharding:
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K Hv"] | None,
+    value: Float[Array, "B T K Hv"],
     tokens: Tokens,
     cache: LayerCache | None,
     *,
     sharding: Sharding,
     heads: HeadSharding,
     rotation: Rotation | None = None,
-    value_dim: int | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
@@ -97,13 +95,12 @@ def attend(
     Args:
         query: Queries, rotated unless there is a `rotation`.
         key: Keys of the same tokens, likewise.
-        value: Their values; None where they are the keys' first `value_dim` channels.
+        value: Their values.
         tokens: Where they stand.
         cache: The layer's pages; None attends among the tokens at hand.
         sharding: Mesh and rules.
         heads: How heads are cut.
         rotation: What to rotate queries and keys by when they are written; only with a cache.
-        value_dim: See `qjax.ops.latent_attention`.
         scale: Factor on the logits, default 1/sqrt(H).
         sliding_window: See `qjax.ops.dot_product_attention`.
         logit_soft_cap: See `qjax.ops.dot_product_attention`.
@@ -112,7 +109,7 @@ def attend(
     """
     if heads.repeat > 1:
         key = jnp.repeat(key, heads.repeat, axis=2)
-        value = None if value is None else jnp.repeat(value, heads.repeat, axis=2)
+        value = jnp.repeat(value, heads.repeat, axis=2)
     options = {
         "scale": scale,
         "sliding_window": sliding_window,
@@ -123,8 +120,7 @@ def attend(
     def local(query, key, value, tokens, cache, sinks, rotation):
         stand = {"positions": tokens.positions, "lengths": tokens.lengths, "sinks": sinks}
         if cache is None:
-            v = key[..., :value_dim] if value is None else value
-            return dot_product_attention(query, key, v, **stand, **options), None
+            return dot_product_attention(query, key, value, **stand, **options), None
         query, key_pages, value_pages = kv_cache_write(
             query,
             key,
@@ -138,19 +134,6 @@ def attend(
             implementation=implementation,
         )
         cache = LayerCache(key_pages, value_pages)
-        if cache.value is None:
-            assert value_dim is not None and sinks is None
-            out = latent_attention(
-                query,
-                cache.key,
-                tokens.page_table,
-                positions=tokens.positions,
-                lengths=tokens.lengths,
-                value_dim=value_dim,
-                scale=scale,
-                implementation=implementation,
-            )
-            return out, cache
         out = paged_attention(
             query,
             cache.key,

@@ -1,7 +1,7 @@
 """Ops on plain and quantized arrays: plain functions, one device, differentiable."""
 
 from qjax.ops._activation import SILU, GatedActivation, gated_activation, silu_mul
-from qjax.ops._attention import dot_product_attention, paged_attention
+from qjax.ops._attention import dot_product_attention, gather_pages, paged_attention
 from qjax.ops._dispatch import device_reason, require_kernels
 from qjax.ops._dot import dot, straight_through
 from qjax.ops._dot_kernels import prepack, prepackable
@@ -34,6 +34,7 @@ __all__ = [
     "fp8_dot",
     "gated_activation",
     "gated_ragged_dot",
+    "gather_pages",
     "kv_cache_write",
     "latent_attention",
     "mqa_logits",

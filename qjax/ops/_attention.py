@@ -128,13 +128,13 @@ def paged_attention(
         assert kernel is not None and value_pages is not None
         pages = (key_pages, value_pages, page_table)
         return attend_pages(kernel, query, *pages, positions, lengths, sinks, options)
-    key = _gather(key_pages, page_table)
-    value = key[..., :value_dim] if value_pages is None else _gather(value_pages, page_table)
+    key = gather_pages(key_pages, page_table)
+    value = key[..., :value_dim] if value_pages is None else gather_pages(value_pages, page_table)
     return _xla(query, key, value, positions, lengths, options, sinks)
 
 
-def _gather(pages: Array | QArray, page_table: Array) -> Float[Array, "B S K H"]:
-    """The pages of each sequence, dequantized, one position after the other."""
+def gather_pages(pages: Array | QArray, page_table: Array) -> Float[Array, "B S K H"]:
+    """The pages of each sequence, one position after the other; quantized ones in float32."""
     taken = jax.tree.map(lambda part: jnp.take(part, page_table, axis=0), pages)
     if isinstance(taken, QArray):
         taken = taken.dequantize(jnp.float32)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from qjax import testing
+from qjax.pallas_kernels import mla_decode_fp8_sm90, mla_decode_sm90
+from qjax.pallas_kernels.mla_decode_fp8_sm90 import mla_decode_fp8_attention
 from qjax.pallas_kernels.mla_decode_sm90 import (
     choose_splits,
     mla_decode_attention,
@@ -31,6 +33,20 @@ def operands(lengths, heads, page_size, max_len=None):
     query = jnp.asarray(rng.standard_normal((batch, steps, heads, 576)), jnp.bfloat16)
     pages = jnp.asarray(pool, jnp.bfloat16)
     return query, pages, jnp.asarray(table, jnp.int32), jnp.asarray(lengths)
+
+
+def quantized(args):
+    """The operands with pages of E4M3 codes, scales of 128 columns and rotated columns; and what they stand for."""
+    query, pages, table, lengths = args
+    latents = np.asarray(pages[..., :512], np.float32)
+    blocks = latents.reshape(*latents.shape[:2], 4, 128)
+    scales = np.abs(blocks).max(axis=-1) / np.float32(448) * np.float32([1, 0.3, 1, 1])  # some saturate
+    codes = jnp.asarray(np.clip(blocks / scales[..., None], -448, 448), jnp.float8_e4m3fn)
+    kept = np.asarray(codes, np.float32) * scales[..., None]
+    kept = jnp.asarray(kept.reshape(latents.shape), jnp.bfloat16)
+    pools = (codes.reshape(latents.shape), jnp.asarray(scales), pages[..., 512:])
+    plain = (query, jnp.concatenate([kept, pages[..., 512:]], axis=-1), table, lengths)
+    return (query, *pools, table, lengths), plain
 
 
 def reference(query, pages, table, lengths):
@@ -77,6 +93,21 @@ def test_numbers(lengths, heads, page_size, splits):
     check(found, args)
 
 
+FP8_CASES = [
+    ([[200], [0]], 16, 64, 1),
+    ([[130, 131], [1, 2]], 40, 128, 2),
+    ([[320]], 72, 64, 1),
+]
+
+
+@pytest.mark.parametrize(("lengths", "heads", "page_size", "splits"), FP8_CASES, ids=str)
+def test_numbers_of_fp8_latents(lengths, heads, page_size, splits):
+    args, plain = quantized(operands(lengths, heads, page_size))
+    with testing.interpret():
+        found = mla_decode_fp8_attention(*args, scale=SCALE, splits=splits)
+    check(found, plain)
+
+
 def test_splits_past_the_end_add_nothing():
     args = operands([[70]], 8, 64, max_len=256)
     with testing.interpret():
@@ -104,16 +135,30 @@ def test_bad_arguments_are_named():
     assert "found 9 of 16 heads" in unsupported_reason(16, 576, 512, 64, queries=9)
 
 
+def test_bad_fp8_latents_are_named():
+    (query, codes, scales, rotated, table, lengths), _ = quantized(operands([[9]], 16, 64))
+    rest = (table, lengths)
+    with pytest.raises(ValueError, match=r"scale_pages must be float32 \[4, 64, 4\]; found float32"):
+        mla_decode_fp8_attention(query, codes, scales[..., :1], rotated, *rest, scale=1.0)
+    with pytest.raises(ValueError, match="codes must be float8_e4m3fn; found float8_e5m2"):
+        e5m2 = codes.astype(jnp.float8_e5m2)
+        mla_decode_fp8_attention(query, e5m2, scales, rotated, *rest, scale=1.0)
+    assert "found 32" in mla_decode_fp8_sm90.unsupported_reason(128, 576, 512, 32)
+
+
 @pytest.mark.skipif(not testing.ptxas_available(), reason="needs the aot extra")
 def test_ptxas_neither_spills_nor_serializes():
     jobs = []
     for lengths, heads, page_size, splits in [([[1]], 128, 64, 1), ([[1, 2]], 16, 16, 4)]:
         args = operands(lengths, heads, page_size)
         jobs.append((lambda *a, s=splits: mla_decode_attention(*a, scale=1.0, splits=s), args))
-    for (report,) in testing.ptxas_reports(jobs):
+        args, _ = quantized(operands(lengths, heads, 64))
+        jobs.append((lambda *a, s=splits: mla_decode_fp8_attention(*a, scale=1.0, splits=s), args))
+    for i, (report,) in enumerate(testing.ptxas_reports(jobs)):
         report.check()
         assert report.stack_bytes == 0
-        assert 40 + 2 * 232 <= 3 * report.registers  # what setmaxnreg hands out
+        producer, math = mla_decode_fp8_sm90.REGISTERS if i % 2 else mla_decode_sm90.REGISTERS
+        assert producer + 2 * math <= 3 * report.registers  # what setmaxnreg hands out
 
 
 @pytest.mark.gpu
@@ -123,3 +168,12 @@ def test_gpu_matches_the_reference(heads, page_size, splits):
     args = operands([[1999, 2000], [0, 1], [777, 778]], heads, page_size)
     found = jax.jit(lambda *a: mla_decode_attention(*a, scale=SCALE, splits=splits))(*args)
     check(found, args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [None, 1, 5])
+@pytest.mark.parametrize(("heads", "page_size"), [(128, 64), (16, 64), (40, 128)])
+def test_gpu_matches_the_reference_on_fp8_latents(heads, page_size, splits):
+    args, plain = quantized(operands([[1999, 2000], [0, 1], [777, 778]], heads, page_size))
+    call = jax.jit(lambda *a: mla_decode_fp8_attention(*a, scale=SCALE, splits=splits))
+    check(call(*args), plain)
