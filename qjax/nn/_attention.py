@@ -76,8 +76,8 @@ class HeadSharding:
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K Hv"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
     tokens: Tokens,
     cache: LayerCache | None,
     *,
@@ -94,7 +94,7 @@ def attend(
 
     Args:
         query: Queries, rotated unless there is a `rotation`.
-        key: Keys of the same tokens, likewise.
+        key: Keys of the same tokens, likewise; without a cache, of positions 0..S-1.
         value: Their values.
         tokens: Where they stand.
         cache: The layer's pages; None attends among the tokens at hand.
