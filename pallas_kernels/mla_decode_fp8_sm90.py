@@ -8,9 +8,10 @@ is no shared memory left to land codes in: they are loaded into registers, one t
     -----------------------------------
     (codes, scales and rotated channels of tile j are in registers, or on their way)
     wait empty[slot]
-    code * scale -> bfloat16 -> ring[slot], 128 columns at a time; tokens past the end become zeros
-    rotated channels -> ring[slot]; arrive full[slot]
-    load tile j + 1
+    for each 128 columns:
+      code * scale -> bfloat16 -> ring[slot]; tokens past the end become zeros
+      load these columns of tile j + 1
+    rotated channels likewise; arrive full[slot]
 """
 
 import jax.numpy as jnp
@@ -32,8 +33,10 @@ from qjax.pallas_kernels.mla_decode_sm90 import (
 
 BLOCK = 128  # columns of a scale
 ROTATED_DIM = LATENT_DIM - VALUE_DIM
+WIDTH = 64  # columns of a tile that are loaded and widened together
+PARTS = LATENT_DIM // WIDTH
 PAGE_SIZES = (64, 128)  # a tile is of one page
-REGISTERS = (120, 192)  # of the producer's threads and of the math warpgroups'
+REGISTERS = (152, 176)  # of the producer's threads and of the math warpgroups'
 # A thread has 8 columns next to one another: 8 bytes of codes in global memory, 16 of bfloat16 in shared memory.
 _LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X
 
@@ -158,44 +161,44 @@ def _produce(
         def _():
             plgpu.barrier_wait(empty.at[slot])
 
-        _widen(loaded, ring_or_output[0].at[slot], length - (first + j) * TOKENS)
+        target, valid = ring_or_output[0].at[slot], length - (first + j) * TOKENS
+        parts = []
+        # Each part of the next tile is loaded where this one's leaves the registers, before the barrier: the
+        # compiler moves loads that come after it to their use.
+        for i, part in enumerate(loaded):
+            _widen(part, target.at[:, pl.ds(i * WIDTH, WIDTH)], valid)
+            parts.append(_load(i, pools, number, tile_of(j + 1), plan=plan))
         plgpu.commit_smem()
         plgpu.barrier_arrive(full.at[slot])
-        return _load(pools, number, tile_of(j + 1), plan=plan), following
+        return tuple(parts), following
 
     (number,) = page_numbers(table_gmem, sequence, first, plan=plan)
     following = page_numbers(table_gmem, sequence, tile_of(1), plan=plan)
-    lax.fori_loop(0, count, step, (_load(pools, number, first, plan=plan), following))
+    loaded = tuple(_load(i, pools, number, first, plan=plan) for i in range(PARTS))
+    lax.fori_loop(0, count, step, (loaded, following))
 
 
-def _load(pools, number, tile, *, plan: Plan) -> tuple[Array, ...]:
-    """A tile in registers: codes of each scale, the scales, the rotated channels."""
+def _load(part: int, pools, number, tile, *, plan: Plan) -> tuple[Array, ...]:
+    """A part of a tile in registers: codes and their scales, or the rotated channels."""
     codes_gmem, scales_gmem, rotated_gmem = pools
     tokens = pl.ds(pl.multiple_of(lax.rem(tile * TOKENS, plan.page_size), TOKENS), TOKENS)
-    blocks = range(VALUE_DIM // BLOCK)
 
     def load(ref, layout):
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    codes = [
-        load(codes_gmem.at[number, tokens, pl.ds(i * BLOCK, BLOCK)], _LAYOUT) for i in blocks
-    ]
-    scales = [load(scales_gmem.at[number, tokens, i], _LAYOUT.reduce(1)) for i in blocks]
-    return (*codes, *scales, load(rotated_gmem.at[number, tokens], _LAYOUT))
+    if part == PARTS - 1:
+        return (load(rotated_gmem.at[number, tokens], _LAYOUT),)
+    codes = load(codes_gmem.at[number, tokens, pl.ds(part * WIDTH, WIDTH)], _LAYOUT)
+    return codes, load(scales_gmem.at[number, tokens, part * WIDTH // BLOCK], _LAYOUT.reduce(1))
 
 
-def _widen(loaded, target, valid):
-    """Writes a tile as bfloat16; tokens from `valid` on become zeros: what was never written may be NaN."""
-    *numbers, rotated = loaded
-    blocks = len(numbers) // 2
-
-    def put(x, column):
-        token = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=_LAYOUT)
-        x = jnp.where(token < valid, x, jnp.zeros_like(x))
-        target.at[:, pl.ds(column, x.shape[1])][...] = x.astype(target.dtype)
-
-    for i, (codes, scale) in enumerate(zip(numbers[:blocks], numbers[blocks:], strict=True)):
+def _widen(part: tuple[Array, ...], target, valid):
+    """Writes a part as bfloat16; tokens from `valid` on become zeros: what was never written may be NaN."""
+    x = part[0]
+    if len(part) == 2:
         # float16 holds every E4M3 number.
-        x = codes.astype(jnp.float16).astype(jnp.float32)
-        put(x * lax.broadcast_in_dim(scale, x.shape, [0]), i * BLOCK)
-    put(rotated, VALUE_DIM)
+        x = x.astype(jnp.float16).astype(jnp.float32)
+        x = x * lax.broadcast_in_dim(part[1], x.shape, [0])
+    token = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=_LAYOUT)
+    x = jnp.where(token < valid, x, jnp.zeros_like(x))
+    target[...] = x.astype(target.dtype)

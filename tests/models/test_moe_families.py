@@ -13,6 +13,7 @@ from references.write_folder import case_names, load_case
 from qjax import Sharding, make_mesh, recipe
 from qjax.models import deepseek_v3, gpt_oss, qwen3_moe
 from qjax.nn import QuantizedParam, quantizable
+from qjax.recipe import kv_cache_format
 from qjax.registry import model_module
 
 CASES = case_names("moe_families")
@@ -136,6 +137,46 @@ def test_latent_cache_honours_the_activation_format_of_kv_b_proj(scheme):
     # A code may flip where the two paths' latents differ in the last bit.
     error = np.asarray(cached) - np.asarray(plain)
     assert np.linalg.norm(error) < 1e-3 * np.linalg.norm(plain)
+
+
+def _decoded(model, ids, format, split):
+    """Logits of a prompt, of a second part after it, and of single tokens."""
+    call, logits = _call(model), []
+    cache = model.init_cache(2, ids.shape[1], kv_cache_format(format), page_size=8)
+    for part in np.split(ids, split, axis=1):
+        out, cache = call(part, cache)
+        logits.append(np.asarray(out))
+    return np.concatenate(logits, axis=1), cache
+
+
+def test_fp8_latents_equal_their_simulation_and_stay_near_the_plain_cache():
+    """However the tokens are cut: a prompt, a chunk after it and single tokens see what the cache keeps."""
+    model = build(case := load_case("kimi_k2"))
+    ids = case.arrays["input_ids"][:, :16]
+    whole, _ = _decoded(model, ids, "fp8_e4m3", [])
+    parts, cache = _decoded(model, ids, "fp8_e4m3", [4, 14, 15])
+    plain, _ = _decoded(model, ids, "float32", [4, 14, 15])
+    layer, rank = cache.layers[0], model.model.layers[0].self_attn.rank
+    assert layer.key.shape[-1] == rank and layer.key.scale.shape[-1] == -(-rank // 128)
+    assert layer.key.qvalue.dtype == jnp.float8_e4m3fn and layer.value is None
+    assert layer.rotated.dtype == jnp.bfloat16
+    for block in model.model.layers:
+        block.self_attn.fake_kv_cache = kv_cache_format("fp8_e4m3")
+    simulated = np.asarray(_call(model)(ids)[0])
+
+    def error(logits, reference):
+        return np.linalg.norm(logits - reference) / np.linalg.norm(reference)
+
+    # A code may flip where a latent differs in the last bit.
+    assert error(whole, simulated) < 1e-3 and error(parts, simulated) < 1e-3
+    assert 1e-3 < error(parts, plain) < 3e-2
+
+
+@pytest.mark.parametrize("format", ["fp8_e5m2", "nvfp4", "fp8_e4m3_token_head"])
+def test_latents_have_one_quantized_cache(format):
+    model = build("kimi_k2")
+    with pytest.raises(ValueError, match="latents .* bfloat16, float16, float32 or fp8_e4m3"):
+        model.init_cache(1, 16, kv_cache_format(format))
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if load_case(n).legacy_config])
