@@ -144,7 +144,18 @@ def _check(query, code_pages, scale_pages, rotated_pages, page_table, lengths, s
 
 
 def _produce(
-    pools, table_gmem, sequence, first, count, length, *, plan: Plan, ring_or_output, full, empty, **_
+    pools,
+    table_gmem,
+    sequence,
+    first,
+    count,
+    length,
+    *,
+    plan: Plan,
+    ring_or_output,
+    full,
+    empty,
+    **_,
 ):
     """Loads and widens `count` tiles from the `first` on of a sequence of this length."""
 

@@ -173,9 +173,7 @@ def create(
         else:
             key = _pool((*shape, layer.key_dim), format, key_scale)
             width = layer.value_dim
-            pools = LayerCache(
-                key, _pool((*shape, width), format, value_scale) if width else None
-            )
+            pools = LayerCache(key, _pool((*shape, width), format, value_scale) if width else None)
         built.append(_place(pools, sharding, (rows, layer.heads_axis)))
     return KVCache(
         tuple(built),

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import _bench_fp8_grouped_gemm as grouped
 import _bench_fp8_training as training
+import _bench_kv_cache_write as cache_write
 import _bench_mixed_gemm as mixed
 import _bench_mixed_gemm_sm80 as ampere
 import _bench_mixed_grouped_gemm as experts
+import _bench_mla_decode as latent
 import _bench_mqa_logits as indexer
 import _bench_prefill_attention as prefill
 import _bench_w4a8_gemm as w4a8
@@ -285,6 +287,8 @@ def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
         ],
         "prefill_attention": made(prefill.dense_case, prefill.DENSE),
         "paged_prefill_attention": made(prefill.paged_case, prefill.PAGED),
+        "kv_cache_write": made(cache_write.write_case, cache_write.CASES),
+        "latent_attention": made(latent.decode_case, latent.CASES),
         "mqa_logits": made(indexer.prefill_case, indexer.PREFILL),
         "paged_mqa_logits": made(indexer.paged_case, indexer.PAGED),
         "fp8_training_gemm": made(training.product_case, training.PRODUCTS),

@@ -52,6 +52,23 @@ def test_a_products_record(op, on_cpu):
     assert record.peer is None
 
 
+@pytest.mark.parametrize(("format", "nbytes"), [("bf16", 1152), ("fp8_e4m3_1x128", 656)])
+def test_a_record_of_latent_attention(format, nbytes, on_cpu):
+    case = bench.Case(**bench.latent.decode_case(format, 1, 64, 8))
+    with testing.interpret(detect_races=False), simulate_gpu(num_sms=2):
+        record = bench.measure(case, CEILINGS, {}, STAMP, calls=3)
+    assert 0 < record.error <= 5e-3
+    assert record.gb_s == pytest.approx((64 * nbytes + 8 * 2176) / 10 * 1e-3)
+
+
+def test_a_record_of_the_caches_write(on_cpu):
+    case = bench.Case(**bench.cache_write.write_case("fp8_e4m3", 1, 2))
+    with testing.interpret(detect_races=False), simulate_gpu(num_sms=2):
+        record = bench.measure(case, CEILINGS, {}, STAMP, calls=3)
+    assert record.error < 1e-3
+    assert record.gb_s == pytest.approx(2 * (16384 + 16 * 384 + 512) / 10 * 1e-3)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_record_of_experts(gated, on_cpu):
     case = bench.Case(**bench.experts.grouped_case("mxfp4", 4, 2, 64, 128, 3, gated=gated))

@@ -40,7 +40,9 @@ def quantized(args):
     query, pages, table, lengths = args
     latents = np.asarray(pages[..., :512], np.float32)
     blocks = latents.reshape(*latents.shape[:2], 4, 128)
-    scales = np.abs(blocks).max(axis=-1) / np.float32(448) * np.float32([1, 0.3, 1, 1])  # some saturate
+    scales = (
+        np.abs(blocks).max(axis=-1) / np.float32(448) * np.float32([1, 0.3, 1, 1])
+    )  # some saturate
     codes = jnp.asarray(np.clip(blocks / scales[..., None], -448, 448), jnp.float8_e4m3fn)
     kept = np.asarray(codes, np.float32) * scales[..., None]
     kept = jnp.asarray(kept.reshape(latents.shape), jnp.bfloat16)
@@ -138,7 +140,9 @@ def test_bad_arguments_are_named():
 def test_bad_fp8_latents_are_named():
     (query, codes, scales, rotated, table, lengths), _ = quantized(operands([[9]], 16, 64))
     rest = (table, lengths)
-    with pytest.raises(ValueError, match=r"scale_pages must be float32 \[4, 64, 4\]; found float32"):
+    with pytest.raises(
+        ValueError, match=r"scale_pages must be float32 \[4, 64, 4\]; found float32"
+    ):
         mla_decode_fp8_attention(query, codes, scales[..., :1], rotated, *rest, scale=1.0)
     with pytest.raises(ValueError, match="codes must be float8_e4m3fn; found float8_e5m2"):
         e5m2 = codes.astype(jnp.float8_e5m2)
