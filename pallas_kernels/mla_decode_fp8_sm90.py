@@ -8,7 +8,7 @@ is no shared memory left to land codes in: they are loaded into registers, one t
     -----------------------------------
     (codes, scales and rotated channels of tile j are in registers, or on their way)
     wait empty[slot]
-    for each 128 columns:
+    for each 64 columns:
       code * scale -> bfloat16 -> ring[slot]; tokens past the end become zeros
       load these columns of tile j + 1
     rotated channels likewise; arrive full[slot]
