@@ -241,6 +241,7 @@ class LatentAttention(nnx.Module):
                 **where,
                 implementation=self.implementation,
             )
+            assert not isinstance(rotated, QArray)
             return LayerCache(pages, None, rotated)
 
         rows = P(self._rows(latent))
