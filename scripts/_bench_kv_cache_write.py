@@ -53,18 +53,19 @@ def write_case(name: str, batch: int, tokens: int) -> dict:
     )
 
     def write(pools, query, key, value, cos, sin, implementation="pallas_mosaic_gpu"):
-        query, *pools = kv_cache_write(
+        query, key_pages, value_pages = kv_cache_write(
             query,
             key,
             value,
-            *pools,
+            pools[0],
+            pools[1],
             table,
             positions=positions,
             valid=jnp.ones(positions.shape, bool),
             rotation=(cos, sin),
             implementation=implementation,
         )
-        return query, tuple(pools)
+        return query, (key_pages, value_pages)
 
     args = (query, key, value, jnp.cos(angles), jnp.sin(angles))
     fn = InPlace(write, (layer.key, layer.value))
