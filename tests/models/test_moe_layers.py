@@ -251,3 +251,27 @@ def test_experts_of_checkpoints_run_on_the_grouped_kernel(checkpoints_dir, name)
     assert y.dtype == x.dtype
     error = np.linalg.norm(np.asarray(y, np.float32) - exact) / np.linalg.norm(exact)
     assert error <= 6e-3  # three roundings to bfloat16, and INT4's weights
+
+
+@pytest.mark.parametrize(
+    ("mesh", "storage"), [("tensor=2", "wgmma8_pairs"), ("tensor=4", "wgmma8")]
+)
+def test_alternating_rows_are_paired_within_a_device(mesh, storage):
+    """A layer of 256 rows: halves are whole pairs of blocks, quarters are not."""
+    context = Context({"gate_up_proj": SCHEMES["MXFP4A16"]}, "bfloat16", Sharding(make_mesh(mesh)))
+    options = dict(stacked_in_checkpoint=True, alternating=True, out_axis="tensor")
+    layer = ExpertLinear(2, 128, 256, "gate_up_proj", context, **options)
+    initialize(layer, jax.random.key(0))
+    before = layer.weight.get_value()
+    assert nn.prepack(layer) == 1
+    after = layer.weight.get_value()
+    assert after.format.storage == storage
+    np.testing.assert_array_equal(after.dequantize(), before.dequantize())
+    parts = [after.qvalue, after.scale]
+    for one, other in zip(
+        *(sorted(p.addressable_shards, key=lambda s: s.index[1].start) for p in parts), strict=True
+    ):
+        rows = slice(one.index[1].start * 64, one.index[1].stop * 64)
+        local = dataclasses.replace(after, qvalue=one.data, scale=other.data)
+        local = dataclasses.replace(local, global_scale=np.asarray(after.global_scale))
+        np.testing.assert_array_equal(local.dequantize(), before.dequantize()[:, rows])
