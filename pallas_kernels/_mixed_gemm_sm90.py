@@ -91,15 +91,7 @@ def launch(
             scratch[name + "_smem"] = plgpu.SMEM(shape, operands[name].dtype)
     arrivals = len(streams) - 1 + config.parts * _x_chunks(config, x.dtype)
     scratch["full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
-    if config.parts > 1:
-        width = plgpu.find_swizzle(min(config.columns, 32) * 32)
-        scratch["sum_smem"] = plgpu.SMEM(
-            (config.parts - 1, config.blocks, BLOCK, config.columns),
-            jnp.float32,
-            transforms=(plgpu.TilingTransform((8, width // 4)), plgpu.SwizzleTransform(width)),
-        )
-        scratch["added"] = plgpu.Barrier(num_arrivals=config.parts - 1, num_barriers=config.blocks)
-        scratch["taken"] = plgpu.Barrier(num_barriers=config.blocks)
+    scratch |= part_sums(config.parts, config.blocks, config.blocks, config.columns)
     if config.splits > 1:
         # Two buffers: a part is overwritten after the barrier that follows its addition.
         shape = (clusters, 2, config.splits, config.blocks, BLOCK, config.columns)
@@ -152,6 +144,29 @@ def _x_smem(config: TileConfig, dtype):
         (config.stages, config.parts, config.columns, config.depth),
         dtype,
         transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+    )
+
+
+def part_sums(parts: int, blocks: int, row_blocks: int, columns: int) -> dict:
+    """Scratch in which the warpgroups that share K hand their sums to the first; none if there is one.
+
+    Args:
+        parts: Warpgroups that share K.
+        blocks: Groups of such warpgroups.
+        row_blocks: Blocks of 64 weight rows of all of them.
+        columns: Tokens.
+    """
+    if parts == 1:
+        return {}
+    swizzle = plgpu.find_swizzle(min(columns, 32) * 32)
+    return dict(
+        sum_smem=plgpu.SMEM(
+            (parts - 1, row_blocks, BLOCK, columns),
+            jnp.float32,
+            transforms=(plgpu.TilingTransform((8, swizzle // 4)), plgpu.SwizzleTransform(swizzle)),
+        ),
+        added=plgpu.Barrier(num_arrivals=parts - 1, num_barriers=blocks),
+        taken=plgpu.Barrier(num_barriers=blocks),
     )
 
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.pallas_kernels._grouped_tiles_sm90 import store_rows, tile_table
+from qjax.pallas_kernels._mixed_gemm_sm90 import part_sums
 from qjax.pallas_kernels._scaled_registers_sm90 import (
     FP4_EXPONENT,
     fp4_tables,
@@ -163,15 +164,7 @@ def launch(
     if "tables" in operands:
         scratch["tables_smem"] = plgpu.SMEM(operands["tables"].shape, jnp.int32)
         scratch["tables_full"] = plgpu.Barrier(num_arrivals=2)
-    if config.parts > 1:
-        sums = plgpu.find_swizzle(min(config.columns, 32) * 32)
-        scratch["sum_smem"] = plgpu.SMEM(
-            (config.parts - 1, config.row_blocks, BLOCK, config.columns),
-            jnp.float32,
-            transforms=(plgpu.TilingTransform((8, sums // 4)), plgpu.SwizzleTransform(sums)),
-        )
-        scratch["added"] = plgpu.Barrier(num_arrivals=config.parts - 1, num_barriers=config.blocks)
-        scratch["taken"] = plgpu.Barrier(num_barriers=config.blocks)
+    scratch |= part_sums(config.parts, config.blocks, config.row_blocks, config.columns)
     body = functools.partial(
         _kernel,
         terms=len(x),

@@ -86,6 +86,11 @@ def unsupported_reason(
         )
     if m < 1 or n < 8 or n % 8 or k < 8 or k % 8:
         return f"N and K must be multiples of 8 and M positive; found M={m}, N={n}, K={k}"
+    return group_reason(group_size, k)
+
+
+def group_reason(group_size: int, k: int) -> str | None:
+    """Why groups of so many columns have no kernel, None if they have."""
     if group_size not in (32, 64) and group_size % 128 and group_size != k:
         return (
             f"groups must be of 32, 64, a multiple of 128 or all K={k} columns; found {group_size}"

@@ -28,6 +28,7 @@ from qjax.pallas_kernels.mla_decode_sm90 import (
     VALUE_DIM,
     Plan,
     attend,
+    expect,
     page_numbers,
 )
 
@@ -94,7 +95,7 @@ def mla_decode_fp8_attention(
     Raises:
         ValueError: If shapes or dtypes are not those above, or `unsupported_reason` has a reason.
     """
-    _check(query, code_pages, scale_pages, rotated_pages, page_table, lengths, scale)
+    _check(query, code_pages, scale_pages, rotated_pages)
     return attend(
         query,
         (code_pages, scale_pages, rotated_pages),
@@ -109,21 +110,14 @@ def mla_decode_fp8_attention(
     )
 
 
-def _check(query, code_pages, scale_pages, rotated_pages, page_table, lengths, scale):
+def _check(query, code_pages, scale_pages, rotated_pages):
     op = "mla_decode_fp8_attention"
-
-    def expect(name, array, shape, dtype):
-        if array.shape != shape or array.dtype != dtype:
-            raise ValueError(
-                f"{op}: {name} must be {dtype} {list(shape)}; found {array.dtype} {list(array.shape)}"
-            )
-
     if query.ndim != 4 or code_pages.ndim != 3:
         raise ValueError(
             f"{op}: query must be [B, T, N, 576] and code_pages [P, page_size, 512]; found "
             f"{list(query.shape)}, {list(code_pages.shape)}"
         )
-    (batch, steps, heads, dim), pages = query.shape, code_pages.shape[:2]
+    (_, steps, heads, dim), pages = query.shape, code_pages.shape[:2]
     reason = unsupported_reason(
         heads,
         dim,
@@ -135,12 +129,8 @@ def _check(query, code_pages, scale_pages, rotated_pages, page_table, lengths, s
     )
     if reason:
         raise ValueError(f"{op}: {reason}")
-    expect("scale_pages", scale_pages, (*pages, VALUE_DIM // BLOCK), "float32")
-    expect("rotated_pages", rotated_pages, (*pages, ROTATED_DIM), "bfloat16")
-    expect("page_table", page_table, (batch, *page_table.shape[1:2]), "int32")
-    expect("lengths", lengths, (batch, steps), "int32")
-    if not scale > 0:
-        raise ValueError(f"{op}: scale must be positive; found {scale}")
+    expect(op, "scale_pages", scale_pages, (*pages, VALUE_DIM // BLOCK), "float32")
+    expect(op, "rotated_pages", rotated_pages, (*pages, ROTATED_DIM), "bfloat16")
 
 
 def _produce(

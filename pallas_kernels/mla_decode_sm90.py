@@ -139,7 +139,7 @@ def mla_decode_attention(
     Raises:
         ValueError: If shapes or dtypes are not those above, or `unsupported_reason` has a reason.
     """
-    _check(query, latent_pages, page_table, lengths, scale)
+    _check(query, latent_pages)
     options = dict(scale=scale, splits=splits, num_sms=num_sms)
     return attend(
         query,
@@ -166,7 +166,7 @@ def attend(
     splits: int | None,
     num_sms: int | None,
 ) -> tuple[Array, Array]:
-    """`mla_decode_attention` of checked arguments over any pools.
+    """`mla_decode_attention` of checked queries over any checked pools.
 
     Args:
         query: As there.
@@ -179,8 +179,15 @@ def attend(
         scale: As there.
         splits: As there.
         num_sms: As there.
+
+    Raises:
+        ValueError: If the page table, the lengths or the scale are not those.
     """
     batch, steps, heads, dim = query.shape
+    expect(name, "page_table", page_table, (batch, *page_table.shape[1:2]), "int32")
+    expect(name, "lengths", lengths, (batch, steps), "int32")
+    if not scale > 0:
+        raise ValueError(f"{name}: scale must be positive; found {scale}")
     page_size = pools[0].shape[1]
     plan = Plan(heads, steps, page_size, 1, float(scale))
     if splits is None:
@@ -240,20 +247,21 @@ def combine(parts: Array, log_sums: Array, *, dtype: DTypeLike) -> tuple[Array, 
     return out, logs[:, 0]
 
 
-def _check(query, latent_pages, page_table, lengths, scale):
-    def expect(name, array, shape, dtype):
-        if array.shape != shape or array.dtype != dtype:
-            raise ValueError(
-                f"mla_decode_attention: {name} must be {dtype} {list(shape)}; "
-                f"found {array.dtype} {list(array.shape)}"
-            )
+def expect(op: str, name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
+    """Raises a ValueError that says what an argument must be, unless it is that."""
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(
+            f"{op}: {name} must be {dtype} {list(shape)}; found {array.dtype} {list(array.shape)}"
+        )
 
+
+def _check(query, latent_pages):
     if query.ndim != 4 or latent_pages.ndim != 3:
         raise ValueError(
             "mla_decode_attention: query must be [B, T, N, 576] and latent_pages [P, page_size, 576]; "
             f"found {list(query.shape)}, {list(latent_pages.shape)}"
         )
-    batch, steps, heads, dim = query.shape
+    _, steps, heads, dim = query.shape
     reason = unsupported_reason(
         heads,
         dim,
@@ -265,11 +273,8 @@ def _check(query, latent_pages, page_table, lengths, scale):
     )
     if reason:
         raise ValueError(f"mla_decode_attention: {reason}")
-    expect("latent_pages", latent_pages, (*latent_pages.shape[:2], dim), "bfloat16")
-    expect("page_table", page_table, (batch, *page_table.shape[1:2]), "int32")
-    expect("lengths", lengths, (batch, steps), "int32")
-    if not scale > 0:
-        raise ValueError(f"mla_decode_attention: scale must be positive; found {scale}")
+    shape = (*latent_pages.shape[:2], dim)
+    expect("mla_decode_attention", "latent_pages", latent_pages, shape, "bfloat16")
 
 
 def _scratch(plan: Plan, out_dtype) -> dict:

@@ -66,11 +66,7 @@ def unsupported_reason(
             f"M must be positive, N a multiple of 8 and K one of 16 below {MAX_K}; "
             f"found M={m}, N={n}, K={k}"
         )
-    if group_size not in (32, 64) and group_size % 128 and group_size != k:
-        return (
-            f"groups must be of 32, 64, a multiple of 128 or all K={k} columns; found {group_size}"
-        )
-    return None
+    return mixed_gemm_sm90.group_reason(group_size, k)
 
 
 def repack(

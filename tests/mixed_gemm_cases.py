@@ -4,11 +4,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.pallas_kernels.mixed_gemm_sm90 import ELEMENTS
+from qjax.pallas_kernels.mixed_gemm_sm90 import ELEMENTS, repack
 
 SIZES = [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192)]
 TOLERANCE = 2e-3
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def run(mixed_gemm, args, group, config=None, num_sms=2, element="int4", zero=0):
+    """The product of what `operands` makes, by Hopper's kernel or Ampere's."""
+    x, codes, scale, offset, bias = args
+    n = codes.shape[0]
+    by_minimum = offset is not None and offset.dtype == scale.dtype
+    codes, scale, offset = repack(codes, scale, offset, group_size=group, element=element)
+    return mixed_gemm(
+        x,
+        codes,
+        scale,
+        None if by_minimum else offset,
+        minimum=offset if by_minimum else None,
+        n=n,
+        group_size=group,
+        element=element,
+        zero=zero,
+        bias=bias,
+        config=config,
+        num_sms=num_sms,
+    )
 
 
 def operands(

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from qjax.formats import ActivationFormat
-from qjax.ops._dispatch import choose, device_reason
+from qjax.ops._dispatch import by_name, choose, device_reason
 from qjax.ops._dot_kernels import kernel_of, product, unsupported_reason
 from qjax.ops._quantized_input import QuantizedInput, matching_weight
 from qjax.qarray import QArray, dequantize_stored
@@ -121,16 +121,10 @@ def _kernel_product(
     """The product [M, N] by a kernel, or None where XLA is to compute it."""
     kernel, _ = kernel_of(x, w, activation_format, out_dtype)
     reason = unsupported_reason(x, w, activation_format=activation_format, out_dtype=out_dtype)
-    if reason is None and implementation is None and device_reason("9.0"):
-        reason = (
-            "the kernel for compute capability 8 must be asked for: "
-            'implementation="pallas_mosaic_gpu"'
-        )
-    if reason is None and implementation is None and kernel == "w4a8":
-        reason = (
-            "the kernel of INT4 weights and 8-bit inputs must be asked for, it was compiled and interpreted but "
-            'has not been run on a GPU: implementation="pallas_mosaic_gpu"'
-        )
+    if device_reason("9.0"):
+        reason = reason or by_name("compute capability 8", implementation)
+    if kernel == "w4a8":
+        reason = reason or by_name("INT4 weights and 8-bit inputs", implementation)
     if choose("dot", implementation, reason) != "pallas_mosaic_gpu":
         return None
     assert kernel is not None

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 
 from qjax.formats import qformat
 from qjax.ops._attention import dot_product_attention, gather_pages
-from qjax.ops._dispatch import choose, device_reason, num_sms
+from qjax.ops._dispatch import by_name, choose, device_reason, num_sms
 from qjax.pallas_kernels import mla_decode_fp8_sm90, mla_decode_sm90
 from qjax.qarray import QArray
 
@@ -43,10 +43,7 @@ def latent_attention(
         ValueError: If the implementation asked for can't take the arguments.
     """
     reason = unsupported_reason(query, pages, rotated_pages, value_dim=value_dim)
-    if reason is None and implementation is None:
-        reason = (
-            'the kernel of latent attention must be asked for: implementation="pallas_mosaic_gpu"'
-        )
+    reason = reason or by_name("latent attention", implementation)
     factor = float(query.shape[3] ** -0.5 if scale is None else scale)
     if choose("latent_attention", implementation, reason) == "pallas_mosaic_gpu":
         seen = positions + 1 if lengths is None else jnp.minimum(positions + 1, lengths[:, None])

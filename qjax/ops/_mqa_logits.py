@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qjax.ops._dispatch import choose, device_reason, num_sms
+from qjax.ops._dispatch import by_name, choose, device_reason, num_sms
 from qjax.pallas_kernels import mqa_logits_sm90
 
 
@@ -48,7 +48,7 @@ def mqa_logits(
     arrays = (query, head_weights, keys, key_scale, start, end)
     mqa_logits_sm90.check(*arrays)
     arrays = _undifferentiated("mqa_logits")(*arrays)
-    reason = unsupported_reason(query, keys) or _by_name(implementation)
+    reason = unsupported_reason(query, keys) or by_name("the indexer", implementation)
     if choose("mqa_logits", implementation, reason) == "pallas_mosaic_gpu":
         return mqa_logits_sm90.mqa_logits(*arrays, num_sms=num_sms())
     return _mqa_logits_xla(*arrays)
@@ -87,7 +87,7 @@ def paged_mqa_logits(
     arrays = (query, head_weights, pages, page_scale, page_table, lengths)
     mqa_logits_sm90.check_paged(*arrays)
     arrays = _undifferentiated("paged_mqa_logits")(*arrays)
-    reason = unsupported_reason(query, pages) or _by_name(implementation)
+    reason = unsupported_reason(query, pages) or by_name("the indexer", implementation)
     if choose("paged_mqa_logits", implementation, reason) == "pallas_mosaic_gpu":
         return mqa_logits_sm90.paged_mqa_logits(*arrays, num_sms=num_sms())
     return _paged_mqa_logits_xla(*arrays)
@@ -103,12 +103,6 @@ def unsupported_reason(query: Array, keys: Array) -> str | None:
         key_dtype=keys.dtype,
         page_size=keys.shape[1] if keys.ndim == 3 else None,
     )
-
-
-def _by_name(implementation: str | None) -> str | None:
-    if implementation is None:
-        return 'the kernel of the indexer must be asked for: implementation="pallas_mosaic_gpu"'
-    return None
 
 
 def _mqa_logits_xla(query, head_weights, keys, key_scale, start, end) -> Array:

@@ -1,9 +1,11 @@
 """Weights of 2, 4 and 8 bits in wgmma's order: repacking, numbers, every tiling through ptxas, and the GPU."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import mixed_gemm_cases
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -46,25 +48,7 @@ CASES = [
 ]
 
 
-def run(args, group, tiles=None, num_sms=2, element="int4", zero=0):
-    x, codes, scale, offset, bias = args
-    n = codes.shape[0]
-    by_minimum = offset is not None and offset.dtype == scale.dtype
-    codes, scale, offset = repack(codes, scale, offset, group_size=group, element=element)
-    return mixed_gemm(
-        x,
-        codes,
-        scale,
-        None if by_minimum else offset,
-        minimum=offset if by_minimum else None,
-        n=n,
-        group_size=group,
-        element=element,
-        zero=zero,
-        bias=bias,
-        config=tiles,
-        num_sms=num_sms,
-    )
+run = functools.partial(mixed_gemm_cases.run, mixed_gemm)
 
 
 def check(shape, options, tiles, element, zero=0):

@@ -1,9 +1,11 @@
 """The product of weights of 2 to 8 bits with mma.sync: numbers, waits, inlined instructions, ptxas, and the GPU."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mixed_gemm_cases
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,26 +24,7 @@ from qjax.pallas_kernels.mixed_gemm_sm80 import (
     repack,
 )
 
-
-def run(args, group, config=None, num_sms=2, element="int4", zero=0):
-    x, codes, scale, offset, bias = args
-    n = codes.shape[0]
-    by_minimum = offset is not None and offset.dtype == scale.dtype
-    codes, scale, offset = repack(codes, scale, offset, group_size=group, element=element)
-    return mixed_gemm(
-        x,
-        codes,
-        scale,
-        None if by_minimum else offset,
-        minimum=offset if by_minimum else None,
-        n=n,
-        group_size=group,
-        element=element,
-        zero=zero,
-        bias=bias,
-        config=config,
-        num_sms=num_sms,
-    )
+run = functools.partial(mixed_gemm_cases.run, mixed_gemm)
 
 
 def interpreted(args, group, config=None, element="int4", zero=0):
