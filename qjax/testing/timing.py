@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +11,22 @@ L2_BYTES = 60 * 2**20
 """L2 cache of an H100 or H200, in bytes."""
 
 
-def rotate_inputs(
-    args: Sequence[jax.Array], *, cache_bytes: int = L2_BYTES
-) -> list[tuple[jax.Array, ...]]:
+def rotate_inputs(args: Sequence[Any], *, cache_bytes: int = L2_BYTES) -> list[tuple[Any, ...]]:
     """Copies of the inputs in separate memory, together three times larger than the cache.
 
     A call that takes the copies in turn finds its inputs in device memory, as a layer of a model does.
 
     Args:
-        args: A call's arrays.
+        args: A call's arrays, or trees of them.
         cache_bytes: The cache's size.
     """
-    size = max(sum(a.nbytes for a in args), 1)
+    size = max(sum(a.nbytes for a in jax.tree.leaves(args)), 1)
     copies = min(max(2, -(-3 * cache_bytes // size)), 512)
-    return [tuple(args), *(tuple(jnp.copy(a) for a in args) for _ in range(copies - 1))]
+    return [tuple(args), *(jax.tree.map(jnp.copy, tuple(args)) for _ in range(copies - 1))]
 
 
 def measure_kernel_us(
-    fn: Callable, input_sets: Sequence[Sequence[jax.Array]], *, calls: int = 30
+    fn: Callable, input_sets: Sequence[Sequence[Any]], *, calls: int = 30
 ) -> float:
     """Median over calls of the sum of a call's kernel times, in microseconds.
 

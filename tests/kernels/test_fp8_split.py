@@ -19,9 +19,12 @@ def activations(rows, k):
 
 
 def check(found, x, rows):
-    for one, other in zip(found, fp8_split_reference(x), strict=True):
-        other = np.asarray(other, np.float32)[rows]
-        np.testing.assert_array_equal(np.asarray(one, np.float32)[: len(rows)], other)
+    expected = [np.asarray(part, np.float32)[rows] for part in fp8_split_reference(x)]
+    found = [np.asarray(part, np.float32)[: len(rows)] for part in found]
+    np.testing.assert_array_equal(found[2], expected[2])
+    finite = np.isfinite(expected[2])  # a NaN scale makes whatever terms NaN
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        np.testing.assert_array_equal(one[finite], other[finite])
 
 
 @pytest.mark.parametrize("k", [128, 192, 2880])
