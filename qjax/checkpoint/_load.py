@@ -23,7 +23,7 @@ from qjax.nn import (
 )
 from qjax.nn import prepack as prepack_model
 from qjax.nn import resolve as resolve_recipe
-from qjax.ops import device_reason
+from qjax.ops import AMPERE, device_reason
 from qjax.qarray import QArray
 from qjax.recipe import KVCacheFormat, QuantSpec, Recipe, kv_cache_format
 from qjax.recipe import recipe as named_recipe
@@ -127,7 +127,7 @@ def load(
     loader.check()
     with progress_bar("loading", loader.total_bytes, enabled=progress) as advance:
         loader.fill(advance)
-    if device_reason("9.0") is None if prepack is None else prepack:
+    if device_reason("9.0", *AMPERE) is None if prepack is None else prepack:
         prepack_model(plan.model)
     used = plan.recipe
     if kv_cache is not None:

@@ -10,8 +10,8 @@ from qjax.formats import WHOLE
 from qjax.nn._linear import Linear
 from qjax.nn._moe import ExpertLinear
 from qjax.nn._params import QuantizedParam, modules
+from qjax.ops import AMPERE, device_reason, prepackable
 from qjax.ops import prepack as prepack_array
-from qjax.ops import prepackable
 from qjax.qarray import QArray
 from qjax.sharding import array_specs
 from qjax.wgmma_layout import BLOCK
@@ -21,8 +21,8 @@ def prepack(model: nnx.Module) -> int:
     """Gives every `Linear` and `ExpertLinear` whose weight a kernel takes re-laid out that layout, in place.
 
     One weight at a time, so memory never holds more than one twice. Weights whose shards would cut a block of
-    64 rows or columns, and such that no kernel re-lays out, stay as they are (`qjax.prepack`). INT4 weights that
-    meet 8-bit inputs are re-laid out where the layer asks for kernels by name: nothing else reads that layout fast.
+    64 rows or columns, and such that no kernel re-lays out, stay as they are (`qjax.prepack`).
+    On GPUs before Hopper only dense weights that meet 16-bit inputs have such a kernel.
 
     Args:
         model: A loaded model; export and checkpoints undo the layout where they need to.
@@ -44,9 +44,11 @@ def _takes(module: Linear | ExpertLinear, w: QArray) -> bool:
     if not prepackable(w) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
         return False
     inputs = module.activation_format
+    if device_reason(*AMPERE) is None and (w.ndim == 3 or inputs is not None):
+        return False
     if inputs is not None and not (
         (_fp4_experts(w) and inputs.format.block_shape == (1, WHOLE))
-        or (module.implementation == "pallas_mosaic_gpu" and prepackable(w, inputs.format))
+        or prepackable(w, inputs.format)
     ):
         return False
     return all(

@@ -4,7 +4,7 @@ from qjax.ops._activation import SILU, GatedActivation, gated_activation, silu_m
 from qjax.ops._attention import dot_product_attention, gather_pages, paged_attention
 from qjax.ops._dispatch import device_reason, require_kernels
 from qjax.ops._dot import dot, straight_through
-from qjax.ops._dot_kernels import prepack, prepackable
+from qjax.ops._dot_kernels import AMPERE, prepack, prepackable
 from qjax.ops._expert_order import expert_order
 from qjax.ops._fp8_training import GRADIENT_ELEMENTS, fp8_dot
 from qjax.ops._gated_ragged_dot import gated_ragged_dot
@@ -22,6 +22,7 @@ from qjax.ops._ragged_dot import ragged_dot
 from qjax.ops._take import take_rows
 
 __all__ = [
+    "AMPERE",
     "GRADIENT_ELEMENTS",
     "SILU",
     "GatedActivation",

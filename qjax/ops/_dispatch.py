@@ -60,16 +60,6 @@ def choose(op: str, implementation: str | None, reason: str | None) -> Implement
     return "xla"
 
 
-def by_name(kernel: str, implementation: str | None) -> str | None:
-    """The reason against a kernel that has not been run on a GPU, unless the caller names the implementation."""
-    if implementation is not None:
-        return None
-    return (
-        f"the kernel of {kernel} must be asked for, it was compiled and interpreted but has not been run on a GPU: "
-        'implementation="pallas_mosaic_gpu"'
-    )
-
-
 @functools.cache
 def log_fallback(op: str, reason: str) -> None:
     """Says once that XLA runs something, and why."""

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from qjax.formats import ActivationFormat
-from qjax.ops._dispatch import by_name, choose, device_reason
+from qjax.ops._dispatch import choose, device_reason
 from qjax.ops._dot_kernels import kernel_of, product, unsupported_reason
 from qjax.ops._quantized_input import QuantizedInput, matching_weight
 from qjax.qarray import QArray, dequantize_stored
@@ -29,9 +29,7 @@ def dot(
     """x @ w.T for a weight stored (out, in), plain or quantized.
 
     Products are summed in float32 over the dequantized values. Gradients flow to x (and to a plain w);
-    quantization of x is differentiated as the identity. The kernel for GPUs of compute capability 8 (16-bit x, w
-    from `qjax.prepack`) runs only where it is asked for by name: it is compiled and interpreted in tests, but has
-    not been run on a GPU.
+    quantization of x is differentiated as the identity.
 
     Args:
         x: [..., K], floating; or already quantized: a QArray [M, K], or a `QuantizedInput`, through which
@@ -121,10 +119,6 @@ def _kernel_product(
     """The product [M, N] by a kernel, or None where XLA is to compute it."""
     kernel, _ = kernel_of(x, w, activation_format, out_dtype)
     reason = unsupported_reason(x, w, activation_format=activation_format, out_dtype=out_dtype)
-    if device_reason("9.0"):
-        reason = reason or by_name("compute capability 8", implementation)
-    if kernel == "w4a8":
-        reason = reason or by_name("INT4 weights and 8-bit inputs", implementation)
     if choose("dot", implementation, reason) != "pallas_mosaic_gpu":
         return None
     assert kernel is not None

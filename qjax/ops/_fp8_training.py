@@ -5,10 +5,10 @@ columns of what a product sums over, weights with one for each 128x128 block, fl
 
 On a GPU the forward pass and the input's gradient run on `fp8_block_gemm`, the latter on the transposed codes of
 the forward pass's weight. The weight's gradient sums over tokens, so it needs both operands quantized along them
-and transposed. Where the kernels are asked for, `fp8_quantize_both_axes` writes those beside the codes of the
-other two products in one read, `fp8_wgrad_gemm` multiplies them, and of x only its transposed codes are kept for
-the backward pass, half the bytes of 16-bit activations; `fp8_quantize_128x128` writes the weight's codes in both
-orders. Otherwise XLA quantizes the weight, and multiplies dequantized values for its gradient: of bfloat16 on a
+and transposed: `fp8_quantize_both_axes` writes those beside the codes of the other two products in one read,
+`fp8_wgrad_gemm` multiplies them, and of x only its transposed codes are kept for the backward pass, half the bytes
+of 16-bit activations; `fp8_quantize_128x128` writes the weight's codes in both orders. Where those kernels don't
+take the arguments, XLA quantizes the weight, and multiplies dequantized values for its gradient: of bfloat16 on a
 GPU, unless XLA is asked for, and of float32 elsewhere.
 """
 
@@ -40,9 +40,6 @@ _E4M3 = qformat("fp8_e4m3_1x128")
 _INPUTS = ActivationFormat(_E4M3, amax_min=_AMAX_MIN)
 _WEIGHTS = qformat("fp8_e4m3_128x128")
 
-# What else training needs beside `dot`'s kernels is taken where it is asked for: no GPU has timed it yet.
-TRAINING_KERNELS_BY_DEFAULT = False
-
 
 def fp8_dot(
     x: Array,
@@ -62,8 +59,7 @@ def fp8_dot(
         w: Weight [N, K], usually float32.
         gradient_element: FP8 element of dy: "float8_e4m3fn" (DeepSeek-V3) or "float8_e5m2".
         out_dtype: Result's dtype; default x's.
-        implementation: "pallas_mosaic_gpu", "xla", or None: kernels for the result and dx where there are some,
-            XLA for dw and the weight's codes.
+        implementation: "pallas_mosaic_gpu", "xla" or None.
 
     Returns:
         [..., N].
@@ -108,8 +104,6 @@ class _Static(NamedTuple):
 
     def by_kernels(self, x: Array, w: Array) -> bool:
         """Whether kernels quantize and compute dw."""
-        if self.implementation is None and not TRAINING_KERNELS_BY_DEFAULT:
-            return False
         reason = training_kernels_reason(x, w, out_dtype=self.out_dtype)
         return choose("fp8_dot", self.implementation, reason) == "pallas_mosaic_gpu"
 

@@ -15,9 +15,6 @@ from qjax.quantization import Grid, compute_grid, quantize
 Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 """(cos, sin) of each token's channel pairs (i, i + half), float32."""
 
-# The kernel is taken where it is asked for: no GPU has timed it yet.
-KERNEL_BY_DEFAULT = False
-
 
 def kv_cache_write(
     query: Float[Array, "B T N H"],
@@ -60,8 +57,6 @@ def kv_cache_write(
             f"kv_cache_write: {key.shape[1]} new tokens of a sequence don't fit its {page_table.shape[1]} pages of "
             f"{key_pages.shape[2]} tokens; make a cache for longer sequences"
         )
-    if implementation is None and not KERNEL_BY_DEFAULT:
-        implementation = "xla"
     reason = unsupported_reason(query, key, value, key_pages, value_pages, rotation=rotation)
     where = (page_table, positions, valid)
     if choose("kv_cache_write", implementation, reason) == "pallas_mosaic_gpu":

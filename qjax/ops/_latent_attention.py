@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 
 from qjax.formats import qformat
 from qjax.ops._attention import dot_product_attention, gather_pages
-from qjax.ops._dispatch import by_name, choose, device_reason, num_sms
+from qjax.ops._dispatch import choose, device_reason, num_sms
 from qjax.pallas_kernels import mla_decode_fp8_sm90, mla_decode_sm90
 from qjax.qarray import QArray
 
@@ -25,8 +25,7 @@ def latent_attention(
 ) -> Float[Array, "B T N Hv"]:
     """Causal attention of new queries over cached latents: values are the keys' first channels.
 
-    The kernels take a few queries of each sequence over pages of bfloat16, or of E4M3 with scales of 128 channels, and
-    only where they are asked for by name: they are compiled and interpreted in tests, but have not been run on a GPU.
+    The kernels take a few queries of each sequence over pages of bfloat16, or of E4M3 with scales of 128 channels.
 
     Args:
         query: Queries mapped into the latent space, rotated part last; prefill and decode alike.
@@ -43,7 +42,6 @@ def latent_attention(
         ValueError: If the implementation asked for can't take the arguments.
     """
     reason = unsupported_reason(query, pages, rotated_pages, value_dim=value_dim)
-    reason = reason or by_name("latent attention", implementation)
     factor = float(query.shape[3] ** -0.5 if scale is None else scale)
     if choose("latent_attention", implementation, reason) == "pallas_mosaic_gpu":
         seen = positions + 1 if lengths is None else jnp.minimum(positions + 1, lengths[:, None])

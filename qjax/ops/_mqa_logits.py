@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qjax.ops._dispatch import by_name, choose, device_reason, num_sms
+from qjax.ops._dispatch import choose, device_reason, num_sms
 from qjax.pallas_kernels import mqa_logits_sm90
 
 
@@ -25,9 +25,6 @@ def mqa_logits(
 
     Equation 1 of DeepSeek-V3.2-Exp (DeepSeek-AI 2025). Every logit outside its query's range is -inf, so that a top-k
     needs no mask. Not differentiable: an error says so where a gradient is asked for.
-
-    The kernel runs only where it is asked for by name: it is compiled and interpreted in tests, but has not been
-    run on a GPU.
 
     Args:
         query: float8_e4m3fn. Its scale belongs into the weights, as relu lets positive factors through.
@@ -48,7 +45,7 @@ def mqa_logits(
     arrays = (query, head_weights, keys, key_scale, start, end)
     mqa_logits_sm90.check(*arrays)
     arrays = _undifferentiated("mqa_logits")(*arrays)
-    reason = unsupported_reason(query, keys) or by_name("the indexer", implementation)
+    reason = unsupported_reason(query, keys)
     if choose("mqa_logits", implementation, reason) == "pallas_mosaic_gpu":
         return mqa_logits_sm90.mqa_logits(*arrays, num_sms=num_sms())
     return _mqa_logits_xla(*arrays)
@@ -66,8 +63,7 @@ def paged_mqa_logits(
 ) -> Float[Array, "BQ T"]:
     """`mqa_logits` of each sequence's newest queries over its pages; -inf past the keys that a query sees.
 
-    Query i of Q sees the keys up to its own, those before lengths - Q + i + 1. The kernel runs only where it is asked
-    for by name, as in `mqa_logits`.
+    Query i of Q sees the keys up to its own, those before lengths - Q + i + 1.
 
     Args:
         query: float8_e4m3fn; its scale is in the weights.
@@ -87,7 +83,7 @@ def paged_mqa_logits(
     arrays = (query, head_weights, pages, page_scale, page_table, lengths)
     mqa_logits_sm90.check_paged(*arrays)
     arrays = _undifferentiated("paged_mqa_logits")(*arrays)
-    reason = unsupported_reason(query, pages) or by_name("the indexer", implementation)
+    reason = unsupported_reason(query, pages)
     if choose("paged_mqa_logits", implementation, reason) == "pallas_mosaic_gpu":
         return mqa_logits_sm90.paged_mqa_logits(*arrays, num_sms=num_sms())
     return _paged_mqa_logits_xla(*arrays)

@@ -39,15 +39,6 @@ def test_gradient():
     assert np.linalg.norm(gradient - expected) <= 6e-3 * np.linalg.norm(expected) * 3**0.5
 
 
-def test_it_is_not_the_default():
-    w, x = qjax.prepack(quantize(normal(N, K), "int4_1x64")), normal(3, K, seed=1)
-    with simulate_gpu(capability="8.9"):
-        out = qjax.dot(x, w)
-        with qjax.require_kernels(), pytest.raises(ValueError, match="must be asked for"):
-            qjax.dot(x, w)
-    np.testing.assert_array_equal(out, qjax.dot(x, w, implementation="xla"))
-
-
 def test_reasons_are_told():
     x, asked = normal(3, K), "pallas_mosaic_gpu"
     with simulate_gpu(capability="8.0"):
