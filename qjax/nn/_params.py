@@ -1,6 +1,7 @@
 """Parameters: abstract until loaded, plain or quantized, each with its sharding."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -167,10 +168,20 @@ def initialize(model: nnx.Module, key: jax.Array, *, scale: float = 0.02) -> Non
     nnx.update(model, state)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantized_draw(key: jax.Array, shape: tuple[int, ...], format: QFormat, dtype: str, scale):
+    # Matrix by matrix: of 128 experts the float32 draw alone is 8.5 GB.
+    def draw(key):
+        if key.ndim:
+            return jax.lax.map(draw, key)
+        return quantize(scale * jax.random.normal(key, shape[-2:]), format, dtype=dtype)
+
+    return draw(jax.random.split(key, shape[:-2]))
+
+
 def _initial_value(path: tuple, value, key: jax.Array, scale: float):
     if isinstance(value, QArray):
-        w = scale * jax.random.normal(key, value.shape, jnp.float32)
-        drawn = quantize(w, value.format, dtype=value.dtype)
+        drawn = _quantized_draw(key, value.shape, value.format, value.dtype, scale)
         if value.column_perm is not None:
             order = jnp.arange(value.shape[-1], dtype=jnp.int32)
             drawn = dataclasses.replace(drawn, column_perm=order)

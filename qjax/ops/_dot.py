@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from qjax.formats import ActivationFormat
-from qjax.ops._dispatch import choose, device_reason
+from qjax.ops._dispatch import choose
 from qjax.ops._dot_kernels import kernel_of, product, unsupported_reason
 from qjax.ops._quantized_input import QuantizedInput, matching_weight
 from qjax.qarray import QArray, dequantize_stored

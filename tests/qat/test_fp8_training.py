@@ -78,7 +78,9 @@ def test_training_runs_on_kernels():
         with simulate_gpu():
             return str(jax.make_jaxpr(jax.grad(loss))(w))
 
-    ops = [f"fp8_{op}" for op in ("block_gemm", "wgrad_gemm", "quantize_both_axes", "quantize_128x128")]
+    ops = [
+        f"fp8_{op}" for op in ("block_gemm", "wgrad_gemm", "quantize_both_axes", "quantize_128x128")
+    ]
     assert all(op in kernels(None, x) for op in ops)
     assert "pallas" not in kernels("xla", x)
     with pytest.raises(ValueError, match=r"fp8_dot: .* x must be one of .*; found float32"):
