@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax.formats import WHOLE
+from qjax.formats import WHOLE, ActivationFormat
 from qjax.nn._linear import Linear
 from qjax.nn._moe import ExpertLinear
 from qjax.nn._params import QuantizedParam, modules
@@ -66,13 +66,26 @@ def _convert(module: Linear | ExpertLinear, w: QArray) -> QArray:
     pairs = isinstance(module, ExpertLinear) and module.alternating
     if w.shape[-2] % (2 * BLOCK * module.sharding.size(module.out_axis)):
         pairs = False  # a pair of blocks would be cut
-    convert = functools.partial(prepack_array, activation=module.activation_format, pairs=pairs)
+    static = module.activation_format, pairs
     if mesh is None:
-        return jax.jit(convert)(w)
+        return _converted(w, *static)
     lead = (module.expert_axis,) if isinstance(module, ExpertLinear) else ()
     spec = PartitionSpec(*lead, module.out_axis, module.in_axis)
-    specs = array_specs(jax.eval_shape(convert, w), spec)
+    specs = array_specs(jax.eval_shape(lambda w: _converted(w, *static), w), spec)
     shardings = jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
-    return jax.jit(convert, out_shardings=shardings)(w)
+    leaves, tree = jax.tree.flatten(shardings)
+    return _converted_to(w, *static, tuple(leaves), tree)
+
+
+# Compiled once for all layers of one shape: their functions must be the same objects.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _converted(w: QArray, activation: ActivationFormat | None, pairs: bool) -> QArray:
+    return prepack_array(w, activation, pairs=pairs)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _converted_to(w: QArray, activation, pairs: bool, shardings: tuple, tree) -> QArray:
+    packed = prepack_array(w, activation, pairs=pairs)
+    return jax.lax.with_sharding_constraint(packed, jax.tree.unflatten(tree, shardings))
