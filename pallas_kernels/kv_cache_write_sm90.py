@@ -10,6 +10,7 @@ place, and no page is read but for its scale::
     k, v: plain:        -> pool[page, :, slot]
           static scale: k / scale[page, head]                    -> codes
           token_head:   amax over the head -> scale, k / scale   -> codes, scale
+          token_block:  likewise over 128 channels of one head: blocks are taken for heads
           NVFP4:        amax over 16 channels -> e4m3 scale      -> codes, scales
 
 A piece is the widest power of two of channels that divides both the rotated halves and a head, so that a
@@ -35,6 +36,7 @@ from qjax.pallas_kernels import _quantize_sm90 as tools
 IN_DTYPES = ("bfloat16", "float16")
 CODE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "uint8")
 BLOCK = 16  # channels of an NVFP4 scale
+TOKEN_BLOCK = 128  # channels of a float32 scale where a token's head has several
 UNIT = 1024  # elements of one register array: 8 to a thread
 MOST = 8192  # elements of a CTA's token
 
@@ -46,7 +48,8 @@ class Pool(NamedTuple):
         codes: [P, K, page_size, H] in bfloat16, float16, float8_e4m3fn or float8_e5m2; or NVFP4's packed uint8
             [P, K, page_size, H/2].
         scale: None for 16-bit pages; float32 [P, K, 1, 1], a given scale of a page's head; float32
-            [P, K, page_size, 1], written; or float8_e4m3fn [P, K, page_size, H/16] of NVFP4, written.
+            [P, K, page_size, 1], written; float32 [P, 1, page_size, H/128] of FP8 latents, written; or
+            float8_e4m3fn [P, K, page_size, H/16] of NVFP4, written.
         global_scale: NVFP4's, float32 [P, K, 1, 1].
     """
 
@@ -61,11 +64,13 @@ class Pool(NamedTuple):
 
     @property
     def scaling(self) -> str:
-        """ "none", "static", "token_head" or "nvfp4"."""
+        """ "none", "static", "token_head", "token_block" or "nvfp4"."""
         if self.scale is None:
             return "none"
         if self.global_scale is not None:
             return "nvfp4"
+        if self.scale.shape[3] > 1:
+            return "token_block"
         return "static" if self.scale.shape[2] == 1 else "token_head"
 
 
@@ -91,8 +96,18 @@ def unsupported_reason(
             f"rotated channels must be a multiple of 32 up to a head's {key_pool.head_dim}; "
             f"found {rotary_dim}"
         )
-    if value_pool is not None and value_pool.scaling != key_pool.scaling:
-        return f"keys and values must have pages of one kind; found {key_pool.scaling} and {value_pool.scaling}"
+    kinds = [key_pool.scaling, *([] if value_pool is None else [value_pool.scaling])]
+    if len(set(kinds)) > 1 and kinds != ["token_block", "none"]:
+        return f"keys and values must have pages of one kind; found {kinds[0]} and {kinds[1]}"
+    if "token_block" in kinds:
+        heads, wanted = key_pool.codes.shape[1], key_pool.head_dim / TOKEN_BLOCK
+        scales = 0 if key_pool.scale is None else key_pool.scale.shape[3]
+        if heads != 1 or scales != wanted or rotary_dim or kinds[0] != "token_block":
+            return (
+                f"scales of blocks must be of {TOKEN_BLOCK} channels of one head of keys, rotated before; found "
+                f"{heads} heads of {key_pool.head_dim} channels with {scales} scales, {rotary_dim} "
+                "channels to rotate"
+            )
     for pool in (key_pool, value_pool):
         if pool is None:
             continue
@@ -173,16 +188,21 @@ def kv_cache_write(
     tensors = {}
     for name, x in inputs.items():
         rotated = 0 if name == "value" else rotary_dim
-        blocks = key_pool.scaling == "nvfp4"
-        tensors[name] = _Tensor(x.shape[1], x.shape[2], rotated, blocks)
+        scaling = pools["key" if name == "query" else name].scaling
+        if scaling == "token_block":
+            inputs[name] = x = x.reshape(x.shape[0], -1, TOKEN_BLOCK)
+        tensors[name] = _Tensor(x.shape[1], x.shape[2], rotated, scaling == "nvfp4")
     operands = {name: t.by_blocks(inputs[name]) for name, t in tensors.items()}
     operands |= {"slots": slots}
     if cos is not None and sin is not None and rotary_dim:
         operands |= {"cos": tensors["key"].by_blocks(cos), "sin": tensors["key"].by_blocks(sin)}
     refs = {}
     for name, pool in pools.items():
-        codes = tensors[name].by_blocks(pool.codes)
-        parts = {"codes": codes, "scale": pool.scale, "global_scale": pool.global_scale}
+        codes, scale = tensors[name].by_blocks(pool.codes), pool.scale
+        if pool.scaling == "token_block":
+            codes = codes.reshape(codes.shape[0], codes.shape[2], -1, TOKEN_BLOCK)
+            scale = scale.reshape(codes.shape[:3])
+        parts = {"codes": codes, "scale": scale, "global_scale": pool.global_scale}
         written = {"none": ("codes",), "static": ("codes",)}.get(pool.scaling, ("codes", "scale"))
         for part, array in parts.items():
             if array is None:
@@ -403,9 +423,10 @@ def _store(pool, where, tensor, heads, pieces, scaling, dtype) -> None:
     """Quantizes a token's pieces of some heads and stores them in its page."""
     layout = tensor.layout(heads)
     codes, page, at_heads, place = pool["codes"], *where
+    at = (page, place, at_heads) if scaling == "token_block" else (page, at_heads, place)
     if scaling == "none":
         for i, x in enumerate(pieces):
-            codes[page, at_heads, place, tensor.channels(i)] = x.astype(jnp.float32).astype(dtype)
+            codes[*at, tensor.channels(i)] = x.astype(jnp.float32).astype(dtype)
         return
     pieces = [x.astype(jnp.float32) for x in pieces]
     if scaling == "nvfp4":
@@ -416,10 +437,10 @@ def _store(pool, where, tensor, heads, pieces, scaling, dtype) -> None:
     else:
         amaxes = [jnp.max(tools.finite_magnitude(x), axis=1) for x in pieces]
         scale = tools.scale_of(functools.reduce(jnp.maximum, amaxes), tools.largest(dtype))
-        pool["scale"].at[page, at_heads, place, 0][...] = scale
+        pool["scale"].at[at if scaling == "token_block" else (*at, 0)][...] = scale
     scale = lax.broadcast_in_dim(scale, pieces[0].shape, (0,))
     for i, x in enumerate(pieces):
-        codes[page, at_heads, place, tensor.channels(i)] = tools.quantize(x, scale, dtype, layout)
+        codes[*at, tensor.channels(i)] = tools.quantize(x, scale, dtype, layout)
 
 
 def _store_nvfp4(pool, where, tensor, heads, pieces) -> None:

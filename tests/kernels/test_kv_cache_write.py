@@ -109,6 +109,34 @@ def test_pools_have_the_bits_of_the_plain_write(name):
     check(values, expected(pages.value, value))
 
 
+def latents():
+    """Latents with scales of 128 channels, and rotated keys beside them."""
+    shape = LayerShape(1, 576, 0, rotated_dim=64)
+    return create(
+        1, PAGES * PAGE_SIZE, [shape], kv_cache_format("fp8_e4m3"), page_size=PAGE_SIZE
+    ).layers[0]
+
+
+def check_latents(tokens, slots):
+    latent, rotated = halves(0, tokens, 1, 512), halves(1, tokens, 1, 64)
+    latent = latent.at[0, 0, 128:256].set(0).at[-1, 0, 300].set(jnp.nan).at[-1, 0, 5].set(300)
+    pages = latents()
+    pools = pool(pages.key), pool(pages.rotated)
+    found = jax.jit(kv_cache_write)(None, latent, rotated, jnp.asarray(slots), *pools)
+    check(found[1], expected(pages.key, latent, slots))
+    check(found[2], expected(pages.rotated, rotated, slots))
+
+
+def test_latents_have_the_bits_of_the_plain_write():
+    with testing.interpret():
+        check_latents(len(SLOTS), SLOTS)
+
+
+@pytest.mark.gpu
+def test_gpu_latents():
+    check_latents(48, np.random.default_rng(0).permutation(64)[:48].astype(np.int32))
+
+
 @pytest.mark.parametrize("name", ["float16", "nvfp4"])
 def test_partial_rotation_leaves_the_other_channels(name):
     t, k, h = len(SLOTS), 2, 96
@@ -189,6 +217,16 @@ def test_formats_compile_without_spills():
             )
 
         kernels.append((write_all, arguments))
+    parts = jax.eval_shape(latents)
+    x = [jax.ShapeDtypeStruct((16, 1, h), jnp.bfloat16) for h in (512, 64)]
+    slots = jax.ShapeDtypeStruct((16,), jnp.int32)
+    pools = jax.tree.leaves((pool(parts.key), pool(parts.rotated)))
+
+    def write_latents(key, rotated, slots, codes, scale, other):
+        out = kv_cache_write(None, key, rotated, slots, Pool(codes, scale), Pool(other))
+        return jax.tree.leaves(out)
+
+    kernels.append((write_latents, (*x, slots, *pools)))
     for (report,) in testing.ptxas_reports(kernels):
         report.check()
         assert not report.stack_bytes
@@ -211,6 +249,9 @@ def test_arguments_that_do_not_fit_are_named():
     assert "multiple of 32" in (unsupported_reason(keys, values, rotary_dim=16) or "")
     other = pool(layer("nvfp4", 2, 64, 64).value)
     assert "pages of one kind" in (unsupported_reason(keys, other) or "")
+    latent = pool(latents().key)
+    assert "rotated before" in (unsupported_reason(latent, None, rotary_dim=64) or "")
+    assert "found 2 heads" in (unsupported_reason(latent._replace(codes=keys.codes), None) or "")
 
 
 @pytest.mark.gpu

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import qjax
 from qjax import kv_cache, testing
 from qjax.ops import kv_cache_write, latent_attention
 from qjax.ops._dispatch import simulate_gpu
+from qjax.ops._kv_cache_write import unsupported_reason as unwritable_reason
 from qjax.ops._latent_attention import unsupported_reason
 from qjax.recipe import KVCacheFormat
 
@@ -42,12 +42,13 @@ def test_the_fp8_kernel_is_the_reference():
     shape = kv_cache.LayerShape(1, 576, 0, rotated_dim=64)
     cache = kv_cache.create(2, 128, [shape], KVCacheFormat("float8_e4m3fn"))
     lengths = jnp.array([70, 2], jnp.int32)
+    parts = latents[..., :512], latents[..., :512], latents[..., 512:]
+    pools = cache.layers[0].key, cache.layers[0].rotated
+    with simulate_gpu():
+        assert unwritable_reason(*parts, *pools) is None
     _, pages, rotated = kv_cache_write(
-        latents[..., :512],
-        latents[..., :512],
-        latents[..., 512:],
-        cache.layers[0].key,
-        cache.layers[0].rotated,
+        *parts,
+        *pools,
         cache.page_table,
         positions=jnp.tile(jnp.arange(70)[None], (2, 1)),
         valid=jnp.arange(70)[None] < lengths[:, None],

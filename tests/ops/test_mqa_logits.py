@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import qjax
 from qjax import testing
 from qjax.ops import mqa_logits, paged_mqa_logits
 from qjax.ops._dispatch import simulate_gpu
