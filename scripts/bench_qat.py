@@ -50,7 +50,7 @@ LLAMA_8B = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
-STEP_RECIPES = ("W4A16", "MXFP4A16", "FP8_BLOCK", "W4A8")
+STEP_RECIPES = ("W4A16", "MXFP4A16", "FP8_BLOCK", "W4A8", "fp8_training")
 
 
 def recover(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -161,11 +161,18 @@ def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_step(args: argparse.Namespace, recipe: str | None) -> tuple[float, int]:
-    """(milliseconds, bytes) of an optimizer step: float32 masters, bfloat16 products, AdamW."""
+    """(milliseconds, bytes) of an optimizer step: float32 masters, bfloat16 products, AdamW.
+
+    "fp8_training" quantizes no weights but multiplies in FP8.
+    """
     config = llama.Config.from_hf(LLAMA_8B | {"num_hidden_layers": args.layers})
     model = llama.Model(config, dtype="float32")
     nn.initialize(model, jax.random.key(0))
-    options = ["--recipe", recipe or "none", "--out", "unused", *(["--remat"] * args.remat)]
+    options = ["--out", "unused", *(["--remat"] * args.remat)]
+    if recipe == "fp8_training":
+        options += ["--recipe", "none", "--fp8-training", "e4m3"]
+    else:
+        options += ["--recipe", recipe or "none"]
     training = finetune_qat.training_model.prepared(finetune_qat.parse(options), model, "bfloat16")
     del model
     state, frozen = training.state, training.frozen
