@@ -1,8 +1,10 @@
 """What all causal language models share: layers in order, logits, the cache."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -14,6 +16,7 @@ from qjax.nn._attention import Tokens
 from qjax.nn._linear import Embedding, Linear, RMSNorm
 from qjax.nn._moe import ExpertLinear
 from qjax.nn._params import Context, modules
+from qjax.ops import choice_context
 from qjax.recipe import KVCacheFormat, QuantSpec, Recipe, fit_group
 from qjax.registry import model_module
 
@@ -28,6 +31,12 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(vocab_size, hidden_size, "model.embed_tokens", context)
         self.layers = nnx.List(layers)
         self.norm = RMSNorm(hidden_size, context, eps=eps)
+
+
+# Traced and lowered once for all layers that are the same function of their parameters.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(graphdef: nnx.GraphDef, _: Hashable, state: Any, x, tokens, cache):
+    return nnx.merge(graphdef, state)(x, tokens, cache)
 
 
 class CausalLM(nnx.Module):
@@ -83,7 +92,9 @@ class CausalLM(nnx.Module):
         x = self.model.embed_tokens(input_ids)
         updated = []
         for i, layer in enumerate(self.model.layers):
-            x, layer_cache = layer(x, tokens, None if cache is None else cache.layers[i])
+            layer_cache = None if cache is None else cache.layers[i]
+            graphdef, state = nnx.split(layer)
+            x, layer_cache = _run_layer(graphdef, choice_context(), state, x, tokens, layer_cache)
             updated.append(layer_cache)
         if last_token_only:
             last = jnp.maximum(count - 1, 0)[:, None, None]

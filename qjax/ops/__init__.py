@@ -2,7 +2,7 @@
 
 from qjax.ops._activation import SILU, GatedActivation, gated_activation, silu_mul
 from qjax.ops._attention import dot_product_attention, gather_pages, paged_attention
-from qjax.ops._dispatch import device_reason, require_kernels
+from qjax.ops._dispatch import choice_context, device_reason, require_kernels
 from qjax.ops._dot import dot, straight_through
 from qjax.ops._dot_kernels import AMPERE, prepack, prepackable
 from qjax.ops._expert_order import expert_order
@@ -28,6 +28,7 @@ __all__ = [
     "GatedActivation",
     "QuantizedInput",
     "Rotation",
+    "choice_context",
     "device_reason",
     "dot",
     "dot_product_attention",

@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Literal
 
 import jax
@@ -30,6 +30,11 @@ def require_kernels() -> Iterator[None]:
         yield
     finally:
         _required.reset(token)
+
+
+def choice_context() -> Hashable:
+    """What choices depend on besides their arguments and the device; whoever keeps traces keeps one for each."""
+    return _simulated.get(), _required.get()
 
 
 def choose(op: str, implementation: str | None, reason: str | None) -> Implementation:
