@@ -134,11 +134,12 @@ class Router(nnx.Module):
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
         """(weights, experts) of each token."""
+        w = self.weight.get_value()
+        if not x.dtype == w.dtype == jnp.bfloat16:  # whose products are exact in float32
+            x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+        highest = jax.lax.Precision.HIGHEST
         logits = jnp.einsum(
-            "btd,ed->bte",
-            x.astype(jnp.float32),
-            self.weight.get_value().astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
+            "btd,ed->bte", x, w, precision=highest, preferred_element_type=jnp.float32
         )
         if self.bias is not None:
             logits = logits + self.bias.get_value().astype(jnp.float32)[None, None]
