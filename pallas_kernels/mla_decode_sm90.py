@@ -2,20 +2,23 @@
 
 All heads of a sequence share its latents [tokens, 576]: scores are over all columns, values are the first 512. One CTA
 for 64 rows (query heads x queries) of a sequence and a split of its context; a tile of 64 latents serves as keys and
-as values::
+as values. Math warpgroup w of two has columns 256 w .. of the output, and computes the probabilities of the tiles
+2 n + w, which lie in slot w of the ring (FlashMLA's "seesaw"): while one computes a softmax, the tensor cores work
+for the other::
 
-    producer warpgroup          math warpgroup w of two
-    ------------------          -----------------------
-    TMA q                       s = q latents[half w].T of tile 0; p = softmax(s) -> p_smem[w]
-    for each tile:              for each further tile j:
-      wait empty[slot]            wait full[j], both halves of p
-      TMA pages -> ring[slot]     s = q latents[half w].T of tile j; out += p values[:, half w] of tile j - 1
-      (tokens past the end        p = softmax(s), its maximum shared between the warpgroups
-       become zeros)              out is there: arrive empty[j - 1]; out *= rescale; p -> p_smem[w]
-                                out += p values of the last tile; out / sum -> ring -> TMA
+    producer warpgroup           math warpgroup w, tile t = 2 n + w
+    ------------------           ----------------------------------
+    TMA q                        wait full[w, 0];     s = q[half w] half[w, w].T            (in flight)
+    for each tile t, w = t % 2:  wait p_full[1 - w];  out += p values[half w] of tile t - 1 (in flight)
+      wait empty[w, 0]           wait full[w, 1];     s += the other half and the rotated columns
+      TMA -> half[w, w]          arrive empty[1 - w, 1]
+      wait empty[w, 1]           p = softmax(s) after the other's maximum -> rotated[w]; arrive p_full[w]
+      TMA -> half[w, 1 - w],     out += p values[half w] of tile t; arrive empty[w, 0], empty[w, 1]
+             rotated[w]        out / sum -> ring -> TMA
 
-The softmax of one tile is computed while the values of the tile before are multiplied. With more than one split each
-CTA returns its normalized part and the logarithm of its sum, from which `combine` makes the whole.
+Each warpgroup is the first to be done with its own half of its own tiles, so that half is loaded again first. The
+rotated columns of a tile are keys only: its probabilities take their place. With more than one split each CTA returns
+its normalized part and the logarithm of its sum, from which `combine` makes the whole.
 """
 
 import dataclasses
@@ -30,17 +33,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from qjax.pallas_kernels import _mla_decode_wgmma_sm90 as wgmma
-from qjax.pallas_kernels._mla_decode_wgmma_sm90 import HALF, ROWS, TOKENS
+from qjax.pallas_kernels._mla_decode_combine_sm90 import MASKED, combine
+from qjax.pallas_kernels._mla_decode_wgmma_sm90 import ROWS, TOKENS
 from qjax.pallas_kernels._paged_attention_combine_sm90 import LOG2E
 
 LATENT_DIM = 576
 VALUE_DIM = 512
+HALF = VALUE_DIM // 2  # columns of the output that a math warpgroup has
+ROTATED_DIM = LATENT_DIM - VALUE_DIM
 MAX_QUERIES = 8
 PAGE_SIZES = (16, 32, 64, 128)
-MASKED = -(2.0**99)  # finite, so that differences of two masked logits are numbers
 LOWEST = float(jnp.finfo(jnp.float32).min)  # below every scaled masked logit
-STAGES = 2
-REGISTERS = (40, 232)  # of the producer's threads and of the math warpgroups'
+FLOAT16_MAX = float(jnp.finfo(jnp.float16).max)
+REGISTERS = (72, 216)  # of the producer's threads and of the math warpgroups'
 TILE_US = 2.2  # of an SM with a tile
 
 
@@ -79,6 +84,7 @@ class Plan:
     page_size: int
     splits: int
     logit_scale: float
+    tile_dtype: str = "bfloat16"  # float16, where tiles are made of FP8 latents
 
     @property
     def blocks(self) -> int:
@@ -162,6 +168,7 @@ def attend(
     produce: Callable[..., None],
     registers: tuple[int, int],
     name: str,
+    tile_dtype: str = "bfloat16",
     scale: float,
     splits: int | None,
     num_sms: int | None,
@@ -176,6 +183,7 @@ def attend(
         produce: The producer warpgroup's part, of the pools, the table, and where its tiles are.
         registers: Of the producer's threads and of the math warpgroups'.
         name: Of the kernel.
+        tile_dtype: Of latents in shared memory, but for their rotated columns; queries and probabilities follow.
         scale: As there.
         splits: As there.
         num_sms: As there.
@@ -189,7 +197,7 @@ def attend(
     if not scale > 0:
         raise ValueError(f"{name}: scale must be positive; found {scale}")
     page_size = pools[0].shape[1]
-    plan = Plan(heads, steps, page_size, 1, float(scale))
+    plan = Plan(heads, steps, page_size, 1, float(scale), tile_dtype)
     if splits is None:
         num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
         splits = choose_splits(
@@ -219,32 +227,11 @@ def attend(
             reduction_scratch_bytes=0,  # rows are reduced by shuffles
         ),
     )(query, *pools, page_table, lengths)
-    out = out.reshape(batch, splits, -1, VALUE_DIM)[:, :, :rows]
-    out, logs = combine(out, logs[:, :, :rows], dtype=query.dtype)
+    out = out.reshape(batch, splits, -1, VALUE_DIM)
+    out, logs = combine(out, logs[:, :, : out.shape[2]], dtype=query.dtype)
+    out, logs = out[:, :rows], logs[:, :rows]
     shape = (batch, steps, heads)
     return out.reshape(*shape, VALUE_DIM), logs.reshape(shape)
-
-
-def combine(parts: Array, log_sums: Array, *, dtype: DTypeLike) -> tuple[Array, Array]:
-    """The attention of all parts of the context (FlashDecoding).
-
-    Args:
-        parts: [B, S, R, H], each normalized.
-        log_sums: float32 [B, S, R]: base-2 logarithms of the softmaxes' denominators.
-        dtype: Of the result.
-
-    Returns:
-        [B, R, H] and the natural logarithm of the whole denominator, float32 [B, R].
-    """
-    top = jnp.max(log_sums, axis=1, keepdims=True)
-    weights = jnp.exp2(log_sums - top)
-    total = jnp.sum(weights, axis=1, keepdims=True)
-    if parts.shape[1] == 1:
-        out = parts[:, 0].astype(dtype)
-    else:
-        out = jnp.sum(parts * (weights / total)[..., None], axis=1).astype(dtype)
-    logs = jnp.where(top > 0.5 * MASKED, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
-    return out, logs[:, 0]
 
 
 def expect(op: str, name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
@@ -283,20 +270,22 @@ def _scratch(plan: Plan, out_dtype) -> dict:
         return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
     bf16 = jnp.bfloat16
-    latents = plgpu.SMEM((STAGES, TOKENS, LATENT_DIM), bf16, transforms=tiled(128, bf16))
-    output = plgpu.SMEM((2, ROWS, VALUE_DIM // 2), out_dtype, transforms=tiled(128, out_dtype))
+    halves = plgpu.SMEM((2, 2, TOKENS, HALF), plan.tile_dtype, transforms=tiled(128, bf16))
+    output = plgpu.SMEM((2, ROWS, HALF), out_dtype, transforms=tiled(128, out_dtype))
     return dict(
-        q_smem=plgpu.SMEM((ROWS, LATENT_DIM), bf16, transforms=tiled(128, bf16)),
-        ring_or_output=plgpu.RefUnion(latents, output),
-        p_smem=plgpu.SMEM((2, ROWS, HALF), bf16, transforms=tiled(64, bf16)),
-        exchange=plgpu.SMEM((2, 2, ROWS), jnp.float32),
-        q_full=plgpu.Barrier(),
-        full=plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=STAGES),
-        empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        arrived=plgpu.Barrier(num_arrivals=plan.pieces),
-        exchanged=plgpu.Barrier(num_arrivals=2),
-        p_full=plgpu.Barrier(num_arrivals=2),
-        p_free=plgpu.Barrier(num_arrivals=2),
+        q_halves=plgpu.SMEM((2, ROWS, HALF), bf16, transforms=tiled(128, bf16)),
+        q_rotated=plgpu.SMEM((ROWS, ROTATED_DIM), bf16, transforms=tiled(128, bf16)),
+        ring_or_output=plgpu.RefUnion(halves, output),
+        rotated=plgpu.SMEM((2, TOKENS, ROTATED_DIM), bf16, transforms=tiled(128, bf16)),
+        tops=plgpu.SMEM((2, ROWS), jnp.float32),
+        q_full=plgpu.Barrier(num_arrivals=3),
+        full_first=plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=2),
+        full_rest=plgpu.Barrier(num_arrivals=2 * plan.pieces, num_barriers=2),
+        empty_first=plgpu.Barrier(num_barriers=2),
+        empty_rest=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        arrived=plgpu.Barrier(num_arrivals=3 * plan.pieces),
+        p_full=plgpu.Barrier(num_barriers=2),
+        done=plgpu.Barrier(num_arrivals=2),
     )
 
 
@@ -314,8 +303,13 @@ def _kernel(q_gmem, *refs, plan: Plan, produce, registers, **scratch):
     @pl.when(wg == 2)
     def producer():
         plgpu.set_max_registers(registers[0], action="decrease")
-        queries = q_gmem.at[sequence, pl.ds(row, ROWS)]
-        plgpu.copy_gmem_to_smem(queries, scratch["q_smem"], scratch["q_full"])
+        for columns, target in (
+            (pl.ds(0, HALF), scratch["q_halves"].at[0]),
+            (pl.ds(HALF, HALF), scratch["q_halves"].at[1]),
+            (pl.ds(VALUE_DIM, ROTATED_DIM), scratch["q_rotated"]),
+        ):
+            queries = q_gmem.at[sequence, pl.ds(row, ROWS), columns]
+            plgpu.copy_gmem_to_smem(queries, target, scratch["q_full"])
         produce(pools, table_gmem, sequence, first, count, length, plan=plan, **scratch)
 
     @pl.when(wg < 2)
@@ -329,9 +323,9 @@ def _kernel(q_gmem, *refs, plan: Plan, produce, registers, **scratch):
             end = jnp.where(number < plan.heads, seen[0], seen[1])
             for t in range(2, plan.queries):
                 end = jnp.where(number < t * plan.heads, end, seen[t])
-        # Tokens that a row sees, counted from this warpgroup's half of the first tile.
-        end = end - (first * TOKENS + wg * HALF)
-        out, logs = _attend(end, count, wg, plan=plan, **scratch)
+        least = seen[0] - first * TOKENS  # tokens of this split that every row sees
+        end = end - first * TOKENS  # tokens of this split that a row sees
+        out, logs = _attend(end, least, count, wg, plan=plan, **scratch)
         target = scratch["ring_or_output"][1].at[wg]
         target[...] = out.astype(target.dtype)
         plgpu.commit_smem()
@@ -353,6 +347,11 @@ def _produce(pools, table_gmem, sequence, first, count, length, *, plan: Plan, *
         following = table(first + j + 1)
         valid = length - (first + j) * TOKENS
         _load_tile(j, (first + j) * TOKENS, valid, numbers, pages_gmem, plan=plan, **scratch)
+
+        @pl.when(jnp.logical_and(j > 0, j + 1 < count))
+        def _():  # keeps memory busy while all of the ring is full
+            _prefetch_tile(first + j + 1, following, pages_gmem, plan=plan)
+
         return following
 
     lax.fori_loop(0, count, load, table(first))
@@ -364,65 +363,118 @@ def page_numbers(table_gmem, sequence, tile, *, plan: Plan):
     return tuple(table_gmem[sequence, lax.min(first + j, last)] for j in range(plan.pieces))
 
 
+def _prefetch_tile(tile, numbers, pages_gmem, *, plan: Plan):
+    """Brings a tile's latents into the L2 cache."""
+    piece = TOKENS // plan.pieces
+    offset = pl.multiple_of(lax.rem(tile * TOKENS, plan.page_size), piece)
+    for number in numbers:
+        for start, width in ((0, HALF), (HALF, HALF), (VALUE_DIM, ROTATED_DIM)):
+            plgpu.async_prefetch(pages_gmem.at[number, pl.ds(offset, piece), pl.ds(start, width)])
+
+
 def _load_tile(
-    j, token, valid, numbers, pages_gmem, *, plan: Plan, ring_or_output, full, empty, arrived, **_
+    j,
+    token,
+    valid,
+    numbers,
+    pages_gmem,
+    *,
+    plan: Plan,
+    ring_or_output,
+    rotated,
+    full_first,
+    full_rest,
+    empty_first,
+    empty_rest,
+    arrived,
+    **_,
 ):
     """The producer's part of a tile."""
-    slot = lax.rem(j, STAGES)
-    target = ring_or_output[0].at[slot]
+    slot = lax.rem(j, 2)
+    halves, last = ring_or_output[0].at[slot], rotated.at[slot]
     piece = TOKENS // plan.pieces
     offset = pl.multiple_of(lax.rem(token, plan.page_size), piece)
 
-    def copy(barrier):
+    def copy(target, column, barrier):
         for i, number in enumerate(numbers):
-            source = pages_gmem.at[number, pl.ds(offset, piece)]
+            columns = pl.ds(column, target.shape[1])
+            source = pages_gmem.at[number, pl.ds(offset, piece), columns]
             plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * piece, piece)], barrier)
 
-    @pl.when(j >= STAGES)
-    def _():
-        plgpu.barrier_wait(empty.at[slot])
-        plgpu.commit_smem()  # orders reads by the math warpgroups before the TMA's writes
+    def copy_half(half, barrier):
+        column = half * HALF
+        if not isinstance(half, int):
+            column = pl.multiple_of(column, HALF)
+        copy(halves.at[half], column, barrier)
+
+    def reuse(empty):
+        @pl.when(j >= 2)
+        def _():
+            plgpu.barrier_wait(empty.at[slot])
+            plgpu.commit_smem()  # orders accesses by the math warpgroups before the TMA's writes
 
     @pl.when(valid >= TOKENS)
     def _():
-        copy(full.at[slot])
+        reuse(empty_first)
+        copy_half(slot, full_first.at[slot])
+        reuse(empty_rest)
+        copy_half(1 - slot, full_rest.at[slot])
+        copy(last, VALUE_DIM, full_rest.at[slot])
 
     # What was never written may be NaN, and 0 * NaN is not 0.
     @pl.when(valid < TOKENS)
     def _():
-        copy(arrived)
+        reuse(empty_first)
+        reuse(empty_rest)
+        copy_half(0, arrived)
+        copy_half(1, arrived)
+        copy(last, VALUE_DIM, arrived)
         plgpu.barrier_wait(arrived)
         layout = plgpu.Layout.WGMMA
-        for column in range(0, LATENT_DIM, 64):
-            part = target.at[:, pl.ds(column, 64)]
+        blocks = [halves.at[h, :, pl.ds(c, 64)] for h in range(2) for c in range(0, HALF, 64)]
+        for part in (*blocks, last):
             x = plgpu.load(part, layout=layout)
             token = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
             part[...] = jnp.where(token < valid, x, jnp.zeros_like(x))
         plgpu.commit_smem()
-        for _ in range(plan.pieces):
-            plgpu.barrier_arrive(full.at[slot])
+        for barrier, arrivals in ((full_first, 1), (full_rest, 2)):
+            for _ in range(arrivals * plan.pieces):
+                plgpu.barrier_arrive(barrier.at[slot])
+
+
+def _narrow(query):
+    """Turns a half of the queries into float16, in place; what is out of its range saturates."""
+    for column in range(0, HALF, 64):
+        part = query.at[:, pl.ds(column, 64)]
+        x = plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        x = jnp.clip(x, -FLOAT16_MAX, FLOAT16_MAX).astype(jnp.float16)
+        part[...] = lax.bitcast_convert_type(x, query.dtype)
+    plgpu.commit_smem()
 
 
 def _attend(
     end,
+    least,
     count,
     wg,
     *,
     plan: Plan,
-    q_smem,
+    q_halves,
+    q_rotated,
     ring_or_output,
-    p_smem,
-    exchange,
+    rotated,
+    tops,
     q_full,
-    full,
-    empty,
-    exchanged,
+    full_first,
+    full_rest,
+    empty_first,
+    empty_rest,
     p_full,
-    p_free,
+    done,
     **_,
 ):
     """A math warpgroup's columns of the normalized output, and the base-2 logarithm of the sums."""
-    ring, halves = ring_or_output[0], (p_smem.at[0], p_smem.at[1])
+    halves, other = ring_or_output[0], 1 - wg
     layout = plgpu.Layout.WGMMA
     row_layout = layout.reduce(1)
     logit_scale = plan.logit_scale * LOG2E
@@ -430,63 +482,100 @@ def _attend(
     def spread(vector, shape):
         return lax.broadcast_in_dim(vector, shape, [0])
 
-    def of_other(vector, parity):
-        """The other warpgroup's vector."""
-        exchange.at[parity, wg][...] = vector
-        plgpu.barrier_arrive(exchanged)
-        plgpu.barrier_wait(exchanged)
-        return plgpu.load(exchange.at[parity, 1 - wg], layout=row_layout)
+    def rescale(top, new_top, total, out):
+        factor = jnp.exp2(top - new_top)
+        return new_top, total * factor, wgmma.rescale(out, factor)
 
-    def softmax(s, j, top, total):
+    def first_logits():
+        plgpu.barrier_wait(full_first.at[wg])
+        return wgmma.logits((q_halves.at[wg],), (halves.at[wg, wg],))
+
+    def rest_of_logits(s):
+        plgpu.barrier_wait(full_rest.at[wg])
+        queries, keys = (q_halves.at[other], q_rotated), (halves.at[wg, other], rotated.at[wg])
+        return wgmma.logits(queries, keys, s)
+
+    def values_of_other(top, total, out):
+        """Those of the tile before, in flight."""
+        plgpu.barrier_wait(p_full.at[other])
+        new_top = plgpu.load(tops.at[other], layout=row_layout)
+        top, total, out = rescale(top, new_top, total, out)
+        return top, total, wgmma.values(rotated.at[other], halves.at[other, wg], out)
+
+    def own_tile(j, s, top, total, out):
+        """The softmax of tile j, and its values."""
         token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
         left = end - j * TOKENS
-        s = jnp.where(token < (spread(left, s.shape) if plan.queries > 1 else left), s, MASKED)
-        best = jnp.max(s, axis=1) * logit_scale
-        best = jnp.maximum(best, of_other(best, lax.rem(j, 2)))
-        new_top = jnp.maximum(top, best)
+
+        def mask(s):
+            return jnp.where(
+                token < (spread(left, s.shape) if plan.queries > 1 else left), s, MASKED
+            )
+
+        s = lax.cond(least - j * TOKENS < TOKENS, mask, lambda s: s, s)
+        new_top = jnp.maximum(top, jnp.max(s, axis=1) * logit_scale)
         p = jnp.exp2(s * logit_scale - spread(new_top, s.shape))
-        rescale = jnp.exp2(top - new_top)
-        return p.astype(q_smem.dtype), new_top, total * rescale + jnp.sum(p, axis=1), rescale
-
-    def share(p):
-        p_smem.at[wg][...] = p
+        tops.at[wg][...] = new_top
+        rotated.at[wg][...] = lax.bitcast_convert_type(p.astype(plan.tile_dtype), rotated.dtype)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(p_full)
+        plgpu.barrier_arrive(p_full.at[wg])
+        added = jnp.sum(p, axis=1)
+        top, total, out = rescale(top, new_top, total, out)
+        (out,) = wgmma.settle(wgmma.values(rotated.at[wg], halves.at[wg, wg], out))
 
-    def step(j, carry):
-        top, total, out = carry
-        slot, before = lax.rem(j, STAGES), lax.rem(j - 1, STAGES)
-        plgpu.barrier_wait(full.at[slot])
-        plgpu.barrier_wait(p_full)
-        s, out = wgmma.logits_and_values(q_smem, ring.at[slot], halves, ring.at[before], out, wg)
-        p, top, total, rescale = softmax(s, j, top, total)
-        out = wgmma.settle(out, p)
-        plgpu.barrier_arrive(p_free)
-
-        @pl.when(j - 1 + STAGES < count)
+        @pl.when(j + 2 < count)
         def _():
-            plgpu.barrier_arrive(empty.at[before])
+            plgpu.barrier_arrive(empty_first.at[wg])
+            plgpu.barrier_arrive(empty_rest.at[wg])
 
-        out = out * spread(rescale, out.shape)
-        plgpu.barrier_wait(p_free)
-        share(p)
+        return top, total + added, out
+
+    def release_before(j):
+        @pl.when(j + 1 < count)
+        def _():
+            plgpu.barrier_arrive(empty_rest.at[other])
+
+    def step(n, carry):
+        j = 2 * n + wg
+        s = first_logits()
+        top, total, out = values_of_other(*carry)
+        s = rest_of_logits(s)
+        wgmma.finish(pending=1)
+        release_before(j)
+        s, out = wgmma.settle(s, out)
+        return own_tile(j, s, top, total, out)
+
+    def first_tile(*carry):
+        (s,) = wgmma.settle(rest_of_logits(first_logits()))
+        return own_tile(jnp.int32(0), s, *carry)
+
+    def last_tile(*carry):
+        top, total, out = values_of_other(*carry)
+        (out,) = wgmma.settle(out)
         return top, total, out
 
+    def keep(*carry):
+        return carry
+
     plgpu.barrier_wait(q_full)
-    plgpu.barrier_wait(full.at[0])
-    s = wgmma.logits(q_smem, ring.at[0], wg)
+    if plan.tile_dtype != "bfloat16":
+        _narrow(q_halves.at[wg])
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
     top = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout)
     total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
-    out = plgpu.layout_cast(jnp.zeros((ROWS, VALUE_DIM // 2), jnp.float32), layout)
-    p, top, total, _ = softmax(s, jnp.int32(0), top, total)
-    share(p)
-    top, total, out = lax.fori_loop(1, count, step, (top, total, out))
-    plgpu.barrier_wait(p_full)
-    out = wgmma.values(halves, ring.at[lax.rem(count - 1, STAGES)], out, wg)
-    # Both are done with the ring, where the output goes.
-    plgpu.barrier_arrive(p_free)
-    plgpu.barrier_wait(p_free)
-    total = total + of_other(total, lax.rem(count, 2))
+    out = plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), layout)
+    carry = lax.cond(wg == 0, first_tile, keep, top, total, out)
+    own = lax.div(count - wg + 1, 2)  # tiles
+    carry = lax.fori_loop(1 - wg, own, step, carry)
+    top, total, out = lax.cond(lax.rem(count, 2) == wg, last_tile, keep, *carry)
+    # Both are done with the ring, where the output goes, and with the maxima.
+    plgpu.barrier_arrive(done)
+    plgpu.barrier_wait(done)
+    tops.at[wg][...] = total
+    plgpu.barrier_arrive(done)
+    plgpu.barrier_wait(done)
+    total = total + plgpu.load(tops.at[other], layout=row_layout)
     seen = top > 0.5 * MASKED * logit_scale
     weight = jnp.where(seen, 1 / total, jnp.zeros_like(total))
     logs = jnp.where(seen, top + jnp.log2(total), jnp.full_like(top, MASKED))

@@ -45,9 +45,14 @@ def quantized(args):
     )  # some saturate
     codes = jnp.asarray(np.clip(blocks / scales[..., None], -448, 448), jnp.float8_e4m3fn)
     kept = np.asarray(codes, np.float32) * scales[..., None]
-    kept = jnp.asarray(kept.reshape(latents.shape), jnp.bfloat16)
+    kept = jnp.asarray(kept.reshape(latents.shape))
     pools = (codes.reshape(latents.shape), jnp.asarray(scales), pages[..., 512:])
-    plain = (query, jnp.concatenate([kept, pages[..., 512:]], axis=-1), table, lengths)
+    plain = (
+        query,
+        jnp.concatenate([kept, pages[..., 512:].astype(jnp.float32)], axis=-1),
+        table,
+        lengths,
+    )
     return (query, *pools, table, lengths), plain
 
 
@@ -69,12 +74,19 @@ def reference(query, pages, table, lengths):
     return out, logs
 
 
-def check(found, args):
+LOGS_TOLERANCE = {
+    "bf16": 1e-4,
+    "fp8": 2e-3,
+}  # code * scale is rounded to float16: 3e-4 of a logit of one token
+
+
+def check(found, args, latents="bf16"):
     (out, logs), (expected, expected_logs) = found, reference(*args)
     assert out.dtype == jnp.bfloat16
     out = np.asarray(out, np.float32)
     assert np.linalg.norm(out - expected) <= TOLERANCE * np.linalg.norm(expected)
-    np.testing.assert_allclose(logs, expected_logs, rtol=1e-4, atol=1e-4)
+    tolerance = LOGS_TOLERANCE[latents]
+    np.testing.assert_allclose(logs, expected_logs, rtol=1e-4, atol=tolerance)
     assert not out[np.asarray(args[3]) == 0].any()
 
 
@@ -107,7 +119,7 @@ def test_numbers_of_fp8_latents(lengths, heads, page_size, splits):
     args, plain = quantized(operands(lengths, heads, page_size))
     with testing.interpret():
         found = mla_decode_fp8_attention(*args, scale=SCALE, splits=splits)
-    check(found, plain)
+    check(found, plain, "fp8")
 
 
 def test_splits_past_the_end_add_nothing():
@@ -158,9 +170,11 @@ def test_ptxas_neither_spills_nor_serializes():
         jobs.append((lambda *a, s=splits: mla_decode_attention(*a, scale=1.0, splits=s), args))
         args, _ = quantized(operands(lengths, heads, 64))
         jobs.append((lambda *a, s=splits: mla_decode_fp8_attention(*a, scale=1.0, splits=s), args))
-    for i, (report,) in enumerate(testing.ptxas_reports(jobs)):
-        report.check()
-        assert report.stack_bytes == 0
+    for i, reports in enumerate(testing.ptxas_reports(jobs)):
+        for report in reports:
+            report.check()
+            assert report.stack_bytes == 0
+        report = reports[0]  # what combines splits follows
         producer, math = mla_decode_fp8_sm90.REGISTERS if i % 2 else mla_decode_sm90.REGISTERS
         assert producer + 2 * math <= 3 * report.registers  # what setmaxnreg hands out
 
@@ -180,4 +194,4 @@ def test_gpu_matches_the_reference(heads, page_size, splits):
 def test_gpu_matches_the_reference_on_fp8_latents(heads, page_size, splits):
     args, plain = quantized(operands([[1999, 2000], [0, 1], [777, 778]], heads, page_size))
     call = jax.jit(lambda *a: mla_decode_fp8_attention(*a, scale=SCALE, splits=splits))
-    check(call(*args), plain)
+    check(call(*args), plain, "fp8")
