@@ -13,6 +13,7 @@ from qjax.pallas_kernels._paged_attention_registers_sm90 import FP4, SCALE_BLOCK
 ROWS = 64  # of queries, for each math warpgroup
 WARPGROUPS = 2
 Q_TILE = ROWS * WARPGROUPS
+THREADS = 128  # of a warpgroup
 # Registers of a thread of the producer and of a math warpgroup, for 16-bit and for narrower keys. Together no more than
 # the CTA starts with, three times 168: the math warpgroups would wait for the rest for ever.
 REGISTERS = {False: (40, 232), True: (72, 216)}
@@ -62,6 +63,7 @@ class Plan:
     soft_cap: float | None
     sinks: bool
     narrow: str | None  # dtype of 8- and 4-bit pages
+    split: bool  # queries are two e4m3 parts, which multiply 8-bit keys as they are stored
     token_scales: bool  # pages or tokens have scales of their own
     ctas: int
 
@@ -77,31 +79,54 @@ class Plan:
 
     @property
     def swizzle(self) -> int:
+        """Of tiles of 16 bits."""
         return 128 if self.dim % 64 == 0 and self.value_dim % 64 == 0 else 64
+
+    @property
+    def key_swizzle(self) -> int:
+        """Of the tiles of keys, and of queries."""
+        return (
+            Storage(self.narrow, self.dim).swizzle if self.split and self.narrow else self.swizzle
+        )
+
+    @property
+    def key_stages(self) -> int:
+        """Tiles of keys in flight."""
+        return self.tile.stages + self.split
 
 
 def scratch(plan: Plan, dtype, out_dtype) -> dict:
-    """Shared memory and barriers of the kernel; `dtype` is what the tensor cores multiply."""
+    """Shared memory and barriers of the kernel; `dtype` is what the tensor cores multiply, of 16 bits."""
     tile, swizzle = plan.tile, plan.swizzle
     tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    arrivals = 1 if plan.narrow else plan.pieces
-    full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=tile.stages)
-    empty = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.stages)
-    queries = plgpu.SMEM((WARPGROUPS, ROWS, plan.dim), dtype, transforms=tiled)
+    q_dtype, q_tiled = dtype, tiled
+    if plan.split and plan.narrow:
+        q_dtype, q_tiled = "float8_e4m3fn", Storage(plan.narrow, plan.dim).transforms
+    queries = plgpu.SMEM((WARPGROUPS, ROWS, plan.dim), q_dtype, transforms=q_tiled)
     output = plgpu.SMEM((WARPGROUPS, ROWS, plan.value_dim), out_dtype, transforms=tiled)
+    parts = (queries,) * (1 + plan.split)
     buffers = dict(
-        qo_smem=(queries, output) if tile.separate_output else (queries,),
-        q_full=plgpu.Barrier(num_barriers=WARPGROUPS),
+        qo_smem=(*parts, output) if tile.separate_output else parts,
+        q_full=plgpu.Barrier(num_arrivals=len(parts), num_barriers=WARPGROUPS),
         q_empty=plgpu.Barrier(num_barriers=WARPGROUPS),
     )
+    if plan.split and plan.token_scales:
+        buffers["k_scales"] = plgpu.SMEM((plan.key_stages, THREADS), jnp.float32)
     for name, dim in (("k_", plan.dim), ("v_", plan.value_dim)):
+        stored_keys = plan.split and name == "k_"
+        stages = plan.key_stages if stored_keys else tile.stages
+        shape, (of, transforms) = (stages, tile.keys, dim), (dtype, tiled)
+        arrivals = 1 if plan.narrow else plan.pieces
+        if stored_keys:
+            of, transforms = plan.narrow, q_tiled
+            arrivals = plan.pieces + plan.token_scales
         buffers |= {
-            name + "smem": plgpu.SMEM((tile.stages, tile.keys, dim), dtype, transforms=tiled),
-            name + "full": full,
-            name + "empty": empty,
+            name + "smem": plgpu.SMEM(shape, of, transforms=transforms),
+            name + "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+            name + "empty": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             name + "arrived": plgpu.Barrier(num_arrivals=plan.copies),
         }
-        if plan.narrow:
+        if plan.narrow and not stored_keys:
             storage = Storage(plan.narrow, dim)
             stored, columns = storage.stored
             shape = (tile.keys, columns)

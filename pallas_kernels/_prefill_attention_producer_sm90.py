@@ -13,7 +13,7 @@ from qjax.pallas_kernels import _prefill_attention_widen_sm90 as widening
 from qjax.pallas_kernels._paged_attention_registers_sm90 import Storage
 from qjax.pallas_kernels._prefill_attention_plan_sm90 import ROWS, WARPGROUPS, Item, Plan
 
-STREAM_PARTS = ("smem", "narrow", "blocks", "full", "empty", "arrived")
+STREAM_PARTS = ("smem", "narrow", "blocks", "scales", "full", "empty", "arrived")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Stream:
     Attributes:
         source: Device memory.
         block_source: Device memory: FP4's block scales, or None.
-        tiles: Shared memory: 16-bit tiles, one for each stage.
-        narrow: Shared memory: a tile of 8- or 4-bit codes on its way to become one of them, or None.
+        tiles: Shared memory: the tiles that are multiplied, one for each stage.
+        narrow: Shared memory: a tile of 8- or 4-bit codes on its way to become a 16-bit one, or None.
         blocks: Shared memory: the block scales of that tile, or None.
+        scales: Shared memory: scales of the tokens of tiles that are multiplied as they are stored, or None.
         full: Barriers of the stages' loads.
         empty: Barriers of the stages' reads.
         arrived: Barrier of a tile that the producer changes before the others may see it.
@@ -36,6 +37,7 @@ class Stream:
     tiles: Any
     narrow: Any
     blocks: Any
+    scales: Any
     full: Any
     empty: Any
     arrived: Any
@@ -79,22 +81,22 @@ def load_item(
     i,
     done,
     plan: Plan,
-    q_gmem,
+    queries_gmem,
     table_gmem,
     keys,
     values,
     token_scales,
-    q_smem,
+    queries,
     q_full,
     q_empty,
 ):
     """The producer's part of an item; returns the number of tiles of keys loaded so far."""
-    rows, stages, page_size = plan.tile.keys, plan.tile.stages, plan.page_size
+    rows, page_size = plan.tile.keys, plan.page_size
     count = item.last - item.first
 
     def pages(tile):
         """Page numbers of a tile, None for a loop to read them. Those past the table repeat its last; masked."""
-        if page_size is None or not plan.narrow or plan.pieces > 4:
+        if page_size is None or plan.pieces > 4:
             return None
         first, last = lax.div(lax.max(tile, 0) * rows, page_size), table_gmem.shape[1] - 1
         return [table_gmem[item.sequence, lax.min(first + j, last)] for j in range(plan.pieces)]
@@ -138,23 +140,25 @@ def load_item(
 
     def load(stream: Stream, j, scale, clean: bool):
         """Tile j from the last; `clean` zeroes the tokens past the sequence's end, which may be NaN."""
-        at, tile = done + j, item.last - 1 - j
+        at, tile, stages = done + j, item.last - 1 - j, stream.tiles.shape[0]
         slot = lax.rem(at, stages)
         target, full = stream.tiles.at[slot], stream.full.at[slot]
         valid = item.length - tile * rows
 
-        following = pages(tile - 1)  # on their way before their turn
+        # On their way before their turn.
+        numbers = pages(tile) if stream.scales is not None else None
+        following = pages(tile - 1) if stream.narrow is not None else None
 
         @pl.when(at >= stages)
         def _():
             plgpu.barrier_wait(stream.empty.at[slot])
-            if not plan.narrow:
+            if stream.narrow is None:
                 plgpu.commit_smem()  # orders reads by the math warpgroups before the TMA's writes
 
         def change():
             """Takes the tile that arrived from where it is to `target`, and tells the others."""
             plgpu.barrier_wait(stream.arrived)
-            if plan.narrow:
+            if stream.narrow is not None:
                 storage = Storage(plan.narrow, target.shape[1])
                 bound = valid if clean else None
                 widening.widen(stream.narrow, target, bound, scale, stream.blocks, storage=storage)
@@ -164,7 +168,12 @@ def load_item(
             for _ in range(1 if plan.narrow else plan.pieces):
                 plgpu.barrier_arrive(full)
 
-        if plan.narrow:
+        if stream.scales is not None:
+            copy(stream, target, tile, full, numbers)
+            stream.scales.at[slot][...] = scale
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(full)
+        elif stream.narrow is not None:
             change()
 
             @pl.when(j + 1 < count)
@@ -185,8 +194,8 @@ def load_item(
         else:
             copy(stream, target, tile, full)
 
-    if plan.narrow:
-        for stream in (keys, values):
+    for stream in (keys, values):
+        if stream.narrow is not None:
             copy(stream, stream.narrow, item.last - 1, stream.arrived)
     # The pages of tokens and then their scales, two tiles and one before their turn.
     tile = item.last - 1
@@ -199,10 +208,9 @@ def load_item(
             plgpu.barrier_wait(q_empty.at[wg])
             plgpu.commit_smem()
 
-        part = pl.ds(item.row + wg * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(
-            q_gmem.at[item.sequence, part, item.head], q_smem.at[wg], q_full.at[wg]
-        )
+        where = (item.sequence, pl.ds(item.row + wg * ROWS, ROWS), item.head)
+        for source, target in zip(queries_gmem, queries, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[where], target.at[wg], q_full.at[wg])
     load(values, 0, scales[1], plan.ragged)
 
     def step(j, carry):

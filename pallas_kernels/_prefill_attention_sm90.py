@@ -54,7 +54,6 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # below every scaled masked logit
 
 
 def kernel(
-    q_gmem,
     k_gmem,
     v_gmem,
     table_gmem,
@@ -69,7 +68,8 @@ def kernel(
     plan: Plan,
     **scratch,
 ):
-    *narrow_gmem, out_gmem = rest
+    *rest, out_gmem = rest
+    queries_gmem, narrow_gmem = rest[: 1 + plan.split], rest[1 + 2 * plan.split :]
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     items, registers = schedule_gmem[cta, 0], REGISTERS[plan.narrow is not None]
     bounds = (plan, offsets_gmem, query_lengths_gmem, lengths_gmem)
@@ -86,23 +86,26 @@ def kernel(
             )
         ]
         token_scales = TokenScales(table_gmem, scales[:2], scales[2:])
-        queries = (scratch["qo_smem"][0], scratch["q_full"], scratch["q_empty"])
+        queries = scratch["qo_smem"][: 1 + plan.split], scratch["q_full"], scratch["q_empty"]
 
         def load(i, done):
             item = item_at(schedule_gmem[cta, i + 1], *bounds)
             keys, values = streams
 
-            load = functools.partial(load_item, item, i, done, plan, q_gmem, table_gmem)
+            load = functools.partial(load_item, item, i, done, plan, queries_gmem, table_gmem)
             return load(keys, values, token_scales, *queries)
 
         done = lax.fori_loop(0, items, load, jnp.int32(0))
 
         # Nobody waits for the last completions of these.
-        for barrier in (scratch["k_empty"], scratch["v_empty"]):
+        for stages, barrier in (
+            (plan.key_stages, scratch["k_empty"]),
+            (plan.tile.stages, scratch["v_empty"]),
+        ):
 
-            @pl.loop(lax.max(done - plan.tile.stages, 0), done)
-            def _(count, barrier=barrier):
-                plgpu.barrier_wait(barrier.at[lax.rem(count, plan.tile.stages)])
+            @pl.loop(lax.max(done - stages, 0), done)
+            def _(count, stages=stages, barrier=barrier):
+                plgpu.barrier_wait(barrier.at[lax.rem(count, stages)])
 
         for other in range(WARPGROUPS):
             plgpu.barrier_wait(scratch["q_empty"].at[other])
@@ -114,11 +117,13 @@ def kernel(
 
         def attend(i, done):
             item = item_at(schedule_gmem[cta, i + 1], *bounds)
-            scales = (
-                logit_scale_gmem[item.kv_head],
-                value_scale_gmem[item.kv_head],
-                sinks_gmem[item.head],
-            )
+            logit_scale = logit_scale_gmem[item.kv_head]
+            if plan.split:
+                rows = pl.ds(item.row + wg * ROWS, ROWS)
+                row_layout = plgpu.Layout.WGMMA.reduce(1)
+                units = rest[2].at[item.sequence, item.head, rows]
+                logit_scale *= plgpu.load(units, layout=row_layout, optimized=False)
+            scales = logit_scale, value_scale_gmem[item.kv_head], sinks_gmem[item.head]
             return _attend_item(item, i, done, wg, plan, scales, out_gmem, **scratch)
 
         lax.fori_loop(0, items, attend, jnp.int32(0))
@@ -143,15 +148,15 @@ def _attend_item(
     v_full,
     k_empty,
     v_empty,
+    k_scales=None,
     **_,
 ):
     """A math warpgroup's part of an item; returns the number of tiles of keys attended so far."""
-    stages, swizzle = plan.tile.stages, plan.swizzle
     layout = plgpu.Layout.WGMMA
     row_layout = layout.reduce(1)
     logit_scale, value_scale, sink = scales
-    q_smem, o_smem = qo_smem[0], qo_smem[-1]
-    queries, separate = q_smem.at[wg], plan.tile.separate_output
+    queries = [part.at[wg] for part in qo_smem[: 1 + plan.split]]
+    o_smem, operand, separate = qo_smem[-1], v_smem.dtype, plan.tile.separate_output
 
     def spread(vector, shape):
         return lax.broadcast_in_dim(vector, shape, [0])
@@ -160,10 +165,20 @@ def _attend_item(
         _softmax, plan=plan, item=item, row=wg * ROWS, logit_scale=logit_scale
     )
 
+    def release(s, slot):
+        """Logits in units that are the same for all tokens; lets the producer have their keys' slot."""
+        if k_scales is not None:
+            tokens = k_scales.at[slot, pl.ds(0, plan.tile.keys)]
+            tokens = plgpu.load(tokens, layout=layout.reduce(0))
+            s = s * lax.broadcast_in_dim(tokens, s.shape, [1])
+        plgpu.barrier_arrive(k_empty.at[slot])
+        return s
+
     def step(j, carry, masked):
         """Values of tile j - 1 and keys of tile j, counted from the last."""
         p, top, total, out = carry
-        slot, before = lax.rem(done + j, stages), lax.rem(done + j - 1, stages)
+        slot = lax.rem(done + j, plan.key_stages)
+        before = lax.rem(done + j - 1, plan.tile.stages)
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[before])
         overlap = plan.tile.overlap and not masked and plan.soft_cap is None
@@ -173,31 +188,31 @@ def _attend_item(
             p,
             v_smem.at[before],
             out,
-            swizzle=swizzle,
+            swizzle=plan.key_swizzle,
+            value_swizzle=plan.swizzle,
             pending=int(overlap),
         )
-        plgpu.barrier_arrive(k_empty.at[slot])
+        s = release(s, slot)
         if not overlap:
             plgpu.barrier_arrive(v_empty.at[before])
         tile = item.last - 1 - j
         weights, top, total, rescale = softmax(s, top, total, tile=tile, masked=masked)
-        following = weights.astype(q_smem.dtype)
+        following = weights.astype(operand)
         if overlap:
             out = wgmma.settle(out, p, following)
             plgpu.barrier_arrive(v_empty.at[before])
         return following, top, total, out * spread(rescale, out.shape)
 
-    slot = lax.rem(done, stages)
+    slot = lax.rem(done, plan.key_stages)
     plgpu.barrier_wait(q_full.at[wg])
     plgpu.barrier_wait(k_full.at[slot])
-    s = wgmma.logits(queries, k_smem.at[slot], swizzle=swizzle)
-    plgpu.barrier_arrive(k_empty.at[slot])
+    s = release(wgmma.logits(queries, k_smem.at[slot], swizzle=plan.key_swizzle), slot)
     top = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout)
     total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
     maskable = plan.causal or plan.ragged
     p, top, total, _ = softmax(s, top, total, tile=item.last - 1, masked=maskable)
     out = plgpu.layout_cast(jnp.zeros((ROWS, plan.value_dim), jnp.float32), layout)
-    carry = (p.astype(q_smem.dtype), top, total, out)
+    carry = (p.astype(operand), top, total, out)
     # Tiles before the last: masked on the right, whole, masked on the left.
     end, whole, left = item.last - item.first, item.last - item.high, item.last - item.low
     if plan.causal:
@@ -213,9 +228,9 @@ def _attend_item(
 
     if separate:
         plgpu.barrier_arrive(q_empty.at[wg])
-    slot = lax.rem(done + end - 1, stages)
+    slot = lax.rem(done + end - 1, plan.tile.stages)
     plgpu.barrier_wait(v_full.at[slot])
-    out = wgmma.values(p, v_smem.at[slot], out, swizzle=swizzle)
+    out = wgmma.values(p, v_smem.at[slot], out, swizzle=plan.swizzle)
     plgpu.barrier_arrive(v_empty.at[slot])
 
     seen = top > 0.5 * MASKED * (1.0 if plan.soft_cap else logit_scale)
@@ -247,9 +262,12 @@ def _softmax(s, top, total, *, plan: Plan, item: Item, row, logit_scale, tile, m
     def spread(vector):
         return lax.broadcast_in_dim(vector, s.shape, [0])
 
+    def of_rows(scale):
+        return spread(scale) if plan.split else scale
+
     if plan.soft_cap is not None:
         # cap * tanh(x / cap); tanh(y) = 1 - 2 / (1 + exp(2 y)), its reciprocal a squared rsqrt.
-        root = lax.rsqrt(1 + jnp.exp2(s * (logit_scale * (2 / plan.soft_cap))))
+        root = lax.rsqrt(1 + jnp.exp2(s * of_rows(logit_scale * (2 / plan.soft_cap))))
         s = LOG2E * plan.soft_cap - (2 * LOG2E * plan.soft_cap) * root * root
         logit_scale = 1.0
     if masked:
@@ -265,6 +283,7 @@ def _softmax(s, top, total, *, plan: Plan, item: Item, row, logit_scale, tile, m
             visible = token < end
         s = jnp.where(visible, s, MASKED)
     new_top = jnp.maximum(top, jnp.max(s, axis=1) * logit_scale)
+    logit_scale = logit_scale if plan.soft_cap is not None else of_rows(logit_scale)
     p = jnp.exp2(s * logit_scale - spread(new_top))
     rescale = jnp.exp2(top - new_top)
     return p, new_top, total * rescale + jnp.sum(p, axis=1), rescale

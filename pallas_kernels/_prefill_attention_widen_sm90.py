@@ -20,8 +20,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from qjax.pallas_kernels import _paged_attention_registers_sm90 as reg
+from qjax.pallas_kernels._prefill_attention_plan_sm90 import THREADS
 
-THREADS = 128
 PER_THREAD = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 _TARGET_SWIZZLE = 128
 _BATCH = 4  # of 16 bytes, loaded before any is widened

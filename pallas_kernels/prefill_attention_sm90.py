@@ -9,7 +9,7 @@ import heapq
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
@@ -343,6 +343,8 @@ def _attend(
         raise ValueError(
             f"prefill_attention: tiles of {page_dtype} need 128 keys (or 64 of 8 bits); found {tile.keys}"
         )
+    # The parts of a bfloat16 query are exact, and outputs cannot take the place of 8-bit queries.
+    split = narrow and not block_scales and query.dtype == jnp.bfloat16 and tile.separate_output
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
     plan = Plan(
         batch=batch,
@@ -359,21 +361,26 @@ def _attend(
         soft_cap=logit_soft_cap,
         sinks=sinks is not None,
         narrow=page_dtype if narrow else None,
+        split=split,
         token_scales=bool(pools),
         ctas=min(num_sms, batch * q_heads * pl.cdiv(rows, Q_TILE)),
     )
     scale = dim**-0.5 if scale is None else scale
     out_dtype = query.dtype
-    if narrow:  # float16 holds all these types exactly
-        query = query.astype(jnp.float16)
+    dtype = jnp.dtype(
+        jnp.float16 if narrow else query.dtype
+    )  # float16 holds all these types exactly
+    if narrow:
+        query = query if split else query.astype(dtype)
         unit = widening.tile_unit(Storage(page_dtype, dim))
         factors = tuple(x * unit for x in factors)
     # Rows that TMA copies.
     blocks = tuple(x.reshape(*x.shape[:2], -1, SCALE_ROW) for x in block_scales)
     # Outputs that take the place of queries have their dtype until they are written.
-    written = out_dtype if tile.separate_output else query.dtype
+    written = out_dtype if tile.separate_output else dtype
     if rows % 8:
         query = jnp.pad(query, ((0, 0), (0, -rows % 8), (0, 0), (0, 0)))
+    queries = _split(query) if plan.split else (query,)
     out = plgpu.kernel(
         functools.partial(kernel, plan=plan),
         out_type=jax.ShapeDtypeStruct((*query.shape[:3], value_dim), written),
@@ -382,10 +389,9 @@ def _attend(
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         kernel_name="prefill_attention",
-        scratch_types=scratch(plan, query.dtype, written),
+        scratch_types=scratch(plan, dtype, written),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(
-        query,
         key,
         value,
         page_table,
@@ -396,10 +402,27 @@ def _attend(
         factors[0] * (scale * LOG2E),
         factors[1],
         sink_logits * LOG2E,
+        *queries,
         *relative,
         *blocks,
     )
     return (out[:, :rows] if rows % 8 else out).astype(out_dtype)
+
+
+def _split(query: Array) -> tuple[Array, Array, Array]:
+    """A query is (first + second) * unit: e4m3 [B, T, N, H] twice, and float32 [B, N, T up to whole tiles].
+
+    Exact but for what is below 2^-17 of a query's largest number: bfloat16 has 8 bits, e4m3 has 4 and a sign.
+    """
+    query = query.astype(jnp.float32)
+    largest = lax.bitcast_convert_type(jnp.max(jnp.abs(query), axis=-1), jnp.int32)
+    exponent = jnp.clip(largest >> 23, 30, 230) << 23
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    query = query * (128 / power)[..., None]  # below 256, of e4m3's 448
+    first = lax.reduce_precision(query, exponent_bits=8, mantissa_bits=3)
+    unit = jnp.moveaxis(power / 128, 1, 2)
+    unit = jnp.pad(unit, ((0, 0), (0, 0), (0, -unit.shape[2] % Q_TILE)))
+    return first.astype(jnp.float8_e4m3fn), (query - first).astype(jnp.float8_e4m3fn), unit
 
 
 def _largest(scales: Array) -> Array:

@@ -23,6 +23,7 @@ import _bench_mixed_gemm_sm80 as ampere
 import _bench_mixed_grouped_gemm as experts
 import _bench_mla_decode as latent
 import _bench_mqa_logits as indexer
+import _bench_paged_attention as decode
 import _bench_prefill_attention as prefill
 import _bench_w4a8_gemm as w4a8
 import jax
@@ -41,7 +42,6 @@ from qjax.pallas_kernels.fp8_quantize_sm90 import (
 )
 from qjax.pallas_kernels.fp8_rowwise_gemm_sm90 import fp8_rowwise_gemm
 from qjax.pallas_kernels.mixed_gemm_sm90 import mixed_gemm, repack
-from qjax.pallas_kernels.paged_attention_sm90 import paged_decode_attention
 
 ROOT = Path(__file__).parents[1]
 DEEPSEEK_NK = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
@@ -49,8 +49,6 @@ LLAMA_NK = ((4096, 4096), (28672, 4096), (8192, 8192))
 INT4_NK = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192))
 TOKENS = (1, 16, 64, 128, 256, 4096)
 TOGETHER = 4  # cases whose arrays live at a time
-
-DECODE = tuple((b, context) for context in (1024, 8192, 32768) for b in (1, 16, 64, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,51 +153,6 @@ def int4_case(m: int, n: int, k: int, group: int, config=None) -> Case:
     )
 
 
-def decode_case(batch: int, context: int, *, fp8: bool) -> Case:
-    """Decode attention of Llama-3.1-8B's shape over a full cache of shuffled pages, FP8 or bf16, random data."""
-    q_heads, kv_heads, dim, page = 32, 8, 128, 64
-    keys = jax.random.split(jax.random.key(batch + context), 4)
-    pages = batch * context // page
-    query = jax.random.normal(keys[0], (batch, q_heads, dim), jnp.bfloat16)
-    shape, dtype = (pages, kv_heads, page, dim), jnp.dtype("float8_e4m3fn" if fp8 else "bfloat16")
-    pools = [jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key in keys[1:3]]
-    table = jax.random.permutation(keys[3], pages).reshape(batch, -1).astype(jnp.int32)
-    lengths = jnp.full((batch,), context, jnp.int32)
-    scales = {}
-    if fp8:
-        scales = dict.fromkeys(("key_scale", "value_scale"), jnp.ones((kv_heads,), jnp.float32))
-
-    def error(out):
-        def one(q, row):  # sequence by sequence: the float32 cache of all would not fit
-            k, v = (jnp.moveaxis(p[row], 2, 1).reshape(context, kv_heads, dim) for p in pools)
-            q = q.astype(jnp.float32).reshape(kv_heads, -1, dim)
-            highest = jax.lax.Precision.HIGHEST
-            logits = jnp.einsum("kgh,skh->kgs", q, k.astype(jnp.float32), precision=highest)
-            weights = jax.nn.softmax(logits * dim**-0.5, axis=-1)
-            return jnp.einsum("kgs,skh->kgh", weights, v.astype(jnp.float32), precision=highest)
-
-        expected = jax.lax.map(lambda a: one(*a), (query, table))
-        return relative_error(out, expected.reshape(out.shape))
-
-    return Case(
-        op="paged_attention",
-        format="fp8_e4m3_tensor" if fp8 else "bf16",
-        shape={
-            "batch": batch,
-            "context": context,
-            "q_heads": q_heads,
-            "kv_heads": kv_heads,
-            "head_dim": dim,
-        },
-        fn=jax.jit(lambda *args: paged_decode_attention(*args, **scales)),
-        args=(query, *pools, table, lengths),
-        error=error,
-        flops=4.0 * batch * q_heads * context * dim,
-        nbytes=2.0 * batch * context * kv_heads * dim * dtype.itemsize + 4.0 * query.size,
-        unit="bf16",
-    )
-
-
 def quantize_case(op: str, m: int, k: int) -> Case:
     """An activation quantizer on random data."""
     x = jax.random.normal(jax.random.key(m + k), (m, k), jnp.bfloat16)
@@ -281,10 +234,7 @@ def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
             experts.grouped_case, experts.grouped_cases(True), gated=True
         ),
         "mixed_grouped_gemm": made(experts.grouped_case, experts.grouped_cases(False), gated=False),
-        "paged_attention": [
-            *crossed(decode_case, DECODE, fp8=True),
-            *crossed(decode_case, DECODE, fp8=False),
-        ],
+        "paged_attention": made(decode.decode_case, decode.CASES),
         "prefill_attention": made(prefill.dense_case, prefill.DENSE),
         "paged_prefill_attention": made(prefill.paged_case, prefill.PAGED),
         "kv_cache_write": made(cache_write.write_case, cache_write.CASES),

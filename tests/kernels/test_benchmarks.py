@@ -155,7 +155,7 @@ def test_every_op_has_its_cases():
     }
     assert len(two["int4_gemm"]) == 2 * 6 * 2
     assert len(two["fp8_block_grouped_gemm"]) == 8 + 5
-    assert len(two["paged_attention"]) == 2 * 12
+    assert len(two["paged_attention"]) == 4 * 13
 
 
 def test_makers_make_the_case_that_was_named():
@@ -176,11 +176,13 @@ def test_an_int4_products_record(on_cpu):
     assert record.gb_s == pytest.approx(expected_bytes / 10 * 1e-3)
 
 
-def test_a_decode_steps_record(on_cpu):
+@pytest.mark.parametrize(("format", "nbytes"), [("fp8_e4m3_tensor", 128), ("nvfp4", 72)])
+def test_a_decode_steps_record(format, nbytes, on_cpu):
+    case = bench.Case(**bench.decode.decode_case(format, 1, 64))
     with testing.interpret(detect_races=False):
-        record = bench.measure(bench.decode_case(1, 64, fp8=True), CEILINGS, {}, STAMP, calls=3)
+        record = bench.measure(case, CEILINGS, {}, STAMP, calls=3)
     assert 0 < record.error <= 3e-3
-    assert record.gb_s == pytest.approx((2 * 64 * 8 * 128 + 4 * 32 * 128) / 10 * 1e-3)
+    assert record.gb_s == pytest.approx((2 * 64 * 8 * nbytes + 4 * 32 * 128) / 10 * 1e-3)
 
 
 def test_it_refuses_to_run_without_a_gpu():
