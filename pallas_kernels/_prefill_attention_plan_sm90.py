@@ -14,9 +14,6 @@ ROWS = 64  # of queries, for each math warpgroup
 WARPGROUPS = 2
 Q_TILE = ROWS * WARPGROUPS
 THREADS = 128  # of a warpgroup
-# Registers of a thread of the producer and of a math warpgroup, for 16-bit and for narrower keys. Together no more than
-# the CTA starts with, three times 168: the math warpgroups would wait for the rest for ever.
-REGISTERS = {False: (40, 232), True: (72, 216)}
 LOG2E = math.log2(math.e)
 SCALE_ROW = 128  # block scales of FP4 that TMA copies at least
 
@@ -91,8 +88,24 @@ class Plan:
 
     @property
     def key_stages(self) -> int:
-        """Tiles of keys in flight."""
-        return self.tile.stages + self.split
+        """Tiles of keys in flight: as many as values' but where only those need the time to be widened."""
+        return 2 if self.split else self.tile.stages
+
+    @property
+    def producers(self) -> int:
+        """Warpgroups: one for keys and values, or one for each, which widen them, where registers suffice."""
+        return 2 if self.narrow and self.value_dim <= 128 else 1
+
+    @property
+    def registers(self) -> tuple[int, ...]:
+        """Of a thread of a math warpgroup, and of each producer.
+
+        Together no more than the CTA starts with, three times 168 or four times 128: the math warpgroups would wait
+        for the rest for ever.
+        """
+        if self.producers == 2:
+            return (216, 24, 56) if self.split else (208, 48, 48)
+        return (216, 72) if self.narrow else (232, 40)
 
 
 def scratch(plan: Plan, dtype, out_dtype) -> dict:
@@ -114,7 +127,7 @@ def scratch(plan: Plan, dtype, out_dtype) -> dict:
         buffers["k_scales"] = plgpu.SMEM((plan.key_stages, THREADS), jnp.float32)
     for name, dim in (("k_", plan.dim), ("v_", plan.value_dim)):
         stored_keys = plan.split and name == "k_"
-        stages = plan.key_stages if stored_keys else tile.stages
+        stages = plan.key_stages if name == "k_" else tile.stages
         shape, (of, transforms) = (stages, tile.keys, dim), (dtype, tiled)
         arrivals = 1 if plan.narrow else plan.pieces
         if stored_keys:

@@ -1,4 +1,4 @@
-"""The producer warpgroup of prefill attention: queries, keys and values from device to shared memory."""
+"""The producer warpgroups of prefill attention: queries, keys and values from device to shared memory."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,11 +18,14 @@ STREAM_PARTS = ("smem", "narrow", "blocks", "scales", "full", "empty", "arrived"
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What the producer needs to load keys, or values.
+    """What a producer needs to load keys, or values.
 
     Attributes:
         source: Device memory.
         block_source: Device memory: FP4's block scales, or None.
+        pool: Device memory: scales of tokens, or of their pages; None if they are the same for all of a head.
+        factors: Device memory: what makes them relative, for each head, or None.
+        clean: Whether tokens past the sequence's end, which may be NaN, become zeros.
         tiles: Shared memory: the tiles that are multiplied, one for each stage.
         narrow: Shared memory: a tile of 8- or 4-bit codes on its way to become a 16-bit one, or None.
         blocks: Shared memory: the block scales of that tile, or None.
@@ -34,6 +37,9 @@ class Stream:
 
     source: Any
     block_source: Any
+    pool: Any
+    factors: Any
+    clean: bool
     tiles: Any
     narrow: Any
     blocks: Any
@@ -42,38 +48,40 @@ class Stream:
     empty: Any
     arrived: Any
 
+    @property
+    def stages(self) -> int:
+        """Tiles in flight."""
+        return self.tiles.shape[0]
+
 
 @dataclasses.dataclass(frozen=True)
-class TokenScales:
-    """What the producer needs to load the scales of tokens, or of their pages.
+class Queries:
+    """What the producer of keys needs to load queries.
 
     Attributes:
-        table: Device memory: pages of each sequence.
-        pools: Device memory: scales of keys and of values; none if they are the same for all tokens of a head.
-        factors: Device memory: what makes them relative, for each head.
+        sources: Device memory: one array, or the parts whose sum they are.
+        tiles: Shared memory: likewise.
+        full: Barriers of the math warpgroups' loads.
+        empty: Barriers of their reads.
     """
 
-    table: Any
-    pools: Sequence[Any]
-    factors: Sequence[Any]
+    sources: Sequence[Any]
+    tiles: Sequence[Any]
+    full: Any
+    empty: Any
 
-    def pages(self, item: Item, tile, plan: Plan):
-        """The page of each thread's token of a tile."""
-        if not self.pools:
-            return None
-        where = (item.sequence, lax.max(tile, 0))
-        sizes = dict(tokens=plan.tile.keys, page_size=plan.page_size)
-        return widening.token_pages(self.table, *where, **sizes)
+    def load(self, item: Item, i) -> None:
+        """Those of the i-th item."""
+        for wg in range(WARPGROUPS):
 
-    def load(self, pages, item: Item, tile, plan: Plan) -> tuple:
-        """Relative scales of keys and values, of each thread's token of a tile."""
-        if not self.pools:
-            return None, None
-        where = (pages, item.kv_head, lax.max(tile, 0))
-        sizes = dict(tokens=plan.tile.keys, page_size=plan.page_size)
-        found = widening.token_scales(tuple(self.pools), *where, **sizes)
-        factors = [factor[item.kv_head] for factor in self.factors]
-        return tuple(x * factor for x, factor in zip(found, factors, strict=True))
+            @pl.when(i > 0)
+            def _(wg=wg):
+                plgpu.barrier_wait(self.empty.at[wg])
+                plgpu.commit_smem()
+
+            where = (item.sequence, pl.ds(item.row + wg * ROWS, ROWS), item.head)
+            for source, target in zip(self.sources, self.tiles, strict=True):
+                plgpu.copy_gmem_to_smem(source.at[where], target.at[wg], self.full.at[wg])
 
 
 def load_item(
@@ -81,25 +89,35 @@ def load_item(
     i,
     done,
     plan: Plan,
-    queries_gmem,
     table_gmem,
-    keys,
-    values,
-    token_scales,
-    queries,
-    q_full,
-    q_empty,
+    streams: Sequence[Stream],
+    queries: Queries | None,
 ):
-    """The producer's part of an item; returns the number of tiles of keys loaded so far."""
+    """A producer's part of an item; returns the number of tiles of keys loaded so far."""
     rows, page_size = plan.tile.keys, plan.page_size
     count = item.last - item.first
 
     def pages(tile):
         """Page numbers of a tile, None for a loop to read them. Those past the table repeat its last; masked."""
-        if page_size is None or plan.pieces > 4:
+        if page_size is None or plan.pieces > 2:
             return None
         first, last = lax.div(lax.max(tile, 0) * rows, page_size), table_gmem.shape[1] - 1
         return [table_gmem[item.sequence, lax.min(first + j, last)] for j in range(plan.pieces)]
+
+    def scale_pages(stream: Stream, tile):
+        """The page of each thread's token of a tile."""
+        if stream.pool is None:
+            return None
+        where = (table_gmem, item.sequence, lax.max(tile, 0))
+        return widening.token_pages(*where, tokens=rows, page_size=page_size)
+
+    def scale(stream: Stream, numbers, tile):
+        """The relative scale of each thread's token of a tile."""
+        if stream.pool is None:
+            return None
+        where = (stream.pool, numbers, item.kv_head, lax.max(tile, 0))
+        found = widening.token_scales(*where, tokens=rows, page_size=page_size)
+        return found * stream.factors[item.kv_head]
 
     def copy(stream, target, tile, full, numbers=None):
         source = stream.source
@@ -138,18 +156,17 @@ def load_item(
             at = lax.min(lax.div(tile * rows, page_size) + j, last)
             copy_page(j, table_gmem[item.sequence, at])
 
-    def load(stream: Stream, j, scale, clean: bool):
-        """Tile j from the last; `clean` zeroes the tokens past the sequence's end, which may be NaN."""
-        at, tile, stages = done + j, item.last - 1 - j, stream.tiles.shape[0]
-        slot = lax.rem(at, stages)
+    def load(stream: Stream, j, scale):
+        """Tile j from the last."""
+        at, tile = done + j, item.last - 1 - j
+        slot = lax.rem(at, stream.stages)
         target, full = stream.tiles.at[slot], stream.full.at[slot]
         valid = item.length - tile * rows
 
         # On their way before their turn.
-        numbers = pages(tile) if stream.scales is not None else None
         following = pages(tile - 1) if stream.narrow is not None else None
 
-        @pl.when(at >= stages)
+        @pl.when(at >= stream.stages)
         def _():
             plgpu.barrier_wait(stream.empty.at[slot])
             if stream.narrow is None:
@@ -160,7 +177,7 @@ def load_item(
             plgpu.barrier_wait(stream.arrived)
             if stream.narrow is not None:
                 storage = Storage(plan.narrow, target.shape[1])
-                bound = valid if clean else None
+                bound = valid if stream.clean else None
                 widening.widen(stream.narrow, target, bound, scale, stream.blocks, storage=storage)
             else:
                 _clean(target, plan, valid)
@@ -168,19 +185,14 @@ def load_item(
             for _ in range(1 if plan.narrow else plan.pieces):
                 plgpu.barrier_arrive(full)
 
-        if stream.scales is not None:
-            copy(stream, target, tile, full, numbers)
-            stream.scales.at[slot][...] = scale
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(full)
-        elif stream.narrow is not None:
+        if stream.narrow is not None:
             change()
 
             @pl.when(j + 1 < count)
             def _():
                 copy(stream, stream.narrow, tile - 1, stream.arrived, following)
 
-        elif clean:
+        elif stream.clean:
 
             @pl.when(valid >= rows)
             def _():
@@ -193,37 +205,32 @@ def load_item(
 
         else:
             copy(stream, target, tile, full)
+        if stream.scales is not None:
+            stream.scales.at[slot][...] = scale
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(full)
 
-    for stream in (keys, values):
+    for stream in streams:
         if stream.narrow is not None:
             copy(stream, stream.narrow, item.last - 1, stream.arrived)
     # The pages of tokens and then their scales, two tiles and one before their turn.
-    tile = item.last - 1
-    scales = token_scales.load(token_scales.pages(item, tile, plan), item, tile, plan)
-    load(keys, 0, scales[0], False)
-    for wg in range(WARPGROUPS):
-
-        @pl.when(i > 0)
-        def _(wg=wg):
-            plgpu.barrier_wait(q_empty.at[wg])
-            plgpu.commit_smem()
-
-        where = (item.sequence, pl.ds(item.row + wg * ROWS, ROWS), item.head)
-        for source, target in zip(queries_gmem, queries, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[where], target.at[wg], q_full.at[wg])
-    load(values, 0, scales[1], plan.ragged)
+    tile, carry = item.last - 1, []
+    for n, stream in enumerate(streams):
+        load(stream, 0, scale(stream, scale_pages(stream, tile), tile))
+        if n == 0 and queries is not None:
+            queries.load(item, i)
+        following = scale(stream, scale_pages(stream, tile - 1), tile - 1)
+        carry.append((following, scale_pages(stream, tile - 2)))
 
     def step(j, carry):
-        scales, numbers = carry
-        tile = item.last - 1 - j
-        following = token_scales.load(numbers, item, tile - 1, plan)
-        numbers = token_scales.pages(item, tile - 2, plan)
-        load(keys, j, scales[0], False)
-        load(values, j, scales[1], plan.ragged)
-        return following, numbers
+        tile, following = item.last - 1 - j, []
+        for stream, (now, numbers) in zip(streams, carry, strict=True):
+            coming = scale(stream, numbers, tile - 1)
+            following.append((coming, scale_pages(stream, tile - 2)))
+            load(stream, j, now)
+        return tuple(following)
 
-    scales = token_scales.load(token_scales.pages(item, tile - 1, plan), item, tile - 1, plan)
-    lax.fori_loop(1, count, step, (scales, token_scales.pages(item, tile - 2, plan)))
+    lax.fori_loop(1, count, step, tuple(carry))
     return done + count
 
 

@@ -33,7 +33,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qjax.pallas_kernels import _attention_wgmma_sm90 as wgmma
 from qjax.pallas_kernels._prefill_attention_plan_sm90 import (
     LOG2E,
-    REGISTERS,
     ROWS,
     WARPGROUPS,
     Item,
@@ -42,8 +41,8 @@ from qjax.pallas_kernels._prefill_attention_plan_sm90 import (
 )
 from qjax.pallas_kernels._prefill_attention_producer_sm90 import (
     STREAM_PARTS,
+    Queries,
     Stream,
-    TokenScales,
     load_item,
 )
 
@@ -71,48 +70,53 @@ def kernel(
     *rest, out_gmem = rest
     queries_gmem, narrow_gmem = rest[: 1 + plan.split], rest[1 + 2 * plan.split :]
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-    items, registers = schedule_gmem[cta, 0], REGISTERS[plan.narrow is not None]
+    items = schedule_gmem[cta, 0]
     bounds = (plan, offsets_gmem, query_lengths_gmem, lengths_gmem)
 
-    @pl.when(wg == WARPGROUPS)
-    def producer():
-        plgpu.set_max_registers(registers[0], action="decrease")
+    pools, blocks = narrow_gmem[: 4 * plan.token_scales], narrow_gmem[4 * plan.token_scales :]
+    queries = Queries(
+        queries_gmem, scratch["qo_smem"][: 1 + plan.split], scratch["q_full"], scratch["q_empty"]
+    )
+    keys, values = (
+        Stream(source, block, *pool, clean, *(scratch.get(name + part) for part in STREAM_PARTS))
+        for source, block, pool, clean, name in zip(
+            (k_gmem, v_gmem),
+            blocks or (None, None),
+            (pools[::2], pools[1::2]) if pools else ((None, None),) * 2,
+            (False, plan.ragged),
+            ("k_", "v_"),
+            strict=True,
+        )
+    )
 
-        scales, blocks = narrow_gmem[: 4 * plan.token_scales], narrow_gmem[4 * plan.token_scales :]
-        streams = [
-            Stream(source, block, *(scratch.get(name + part) for part in STREAM_PARTS))
-            for source, block, name in zip(
-                (k_gmem, v_gmem), blocks or (None, None), ("k_", "v_"), strict=True
-            )
-        ]
-        token_scales = TokenScales(table_gmem, scales[:2], scales[2:])
-        queries = scratch["qo_smem"][: 1 + plan.split], scratch["q_full"], scratch["q_empty"]
+    def produce(index, streams, queries):
+        plgpu.set_max_registers(plan.registers[1 + index], action="decrease")
 
         def load(i, done):
             item = item_at(schedule_gmem[cta, i + 1], *bounds)
-            keys, values = streams
-
-            load = functools.partial(load_item, item, i, done, plan, queries_gmem, table_gmem)
-            return load(keys, values, token_scales, *queries)
+            return load_item(item, i, done, plan, table_gmem, streams, queries)
 
         done = lax.fori_loop(0, items, load, jnp.int32(0))
 
         # Nobody waits for the last completions of these.
-        for stages, barrier in (
-            (plan.key_stages, scratch["k_empty"]),
-            (plan.tile.stages, scratch["v_empty"]),
-        ):
+        for stream in streams:
 
-            @pl.loop(lax.max(done - stages, 0), done)
-            def _(count, stages=stages, barrier=barrier):
-                plgpu.barrier_wait(barrier.at[lax.rem(count, stages)])
+            @pl.loop(lax.max(done - stream.stages, 0), done)
+            def _(count, stream=stream):
+                plgpu.barrier_wait(stream.empty.at[lax.rem(count, stream.stages)])
 
-        for other in range(WARPGROUPS):
+        for other in range(WARPGROUPS if queries else 0):
             plgpu.barrier_wait(scratch["q_empty"].at[other])
+
+    if plan.producers == 1:
+        pl.when(wg == WARPGROUPS)(lambda: produce(0, (keys, values), queries))
+    else:
+        pl.when(wg == WARPGROUPS)(lambda: produce(0, (keys,), queries))
+        pl.when(wg == WARPGROUPS + 1)(lambda: produce(1, (values,), None))
 
     @pl.when(wg < WARPGROUPS)
     def math_():
-        plgpu.set_max_registers(registers[1], action="increase")
+        plgpu.set_max_registers(plan.registers[0], action="increase")
         pl.when(wg == 1)(wgmma.offer_first_turn)
 
         def attend(i, done):
@@ -177,8 +181,7 @@ def _attend_item(
     def step(j, carry, masked):
         """Values of tile j - 1 and keys of tile j, counted from the last."""
         p, top, total, out = carry
-        slot = lax.rem(done + j, plan.key_stages)
-        before = lax.rem(done + j - 1, plan.tile.stages)
+        slot, before = lax.rem(done + j, plan.key_stages), lax.rem(done + j - 1, plan.tile.stages)
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[before])
         overlap = plan.tile.overlap and not masked and plan.soft_cap is None

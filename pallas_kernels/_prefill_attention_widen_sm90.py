@@ -66,13 +66,11 @@ def token_pages(table, sequence, tile, *, tokens: int, page_size: int) -> Array:
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(load)(table, sequence, tile)
 
 
-def token_scales(
-    scales: tuple, pages: Array, head, tile, *, tokens: int, page_size: int
-) -> tuple[Array, ...]:
-    """The scales of each thread's token of a tile.
+def token_scales(scales, pages: Array, head, tile, *, tokens: int, page_size: int) -> Array:
+    """The scale of each thread's token of a tile.
 
     Args:
-        scales: Global memory, each float32 [P, K] or [P, K, page_size].
+        scales: Global memory float32 [P, K] or [P, K, page_size].
         pages: From `token_pages`; any number is safe.
         head: KV head.
         tile: The tile's number in its sequence.
@@ -80,12 +78,12 @@ def token_scales(
         page_size: Tokens of a page.
 
     Returns:
-        float32 [128] of each, in `PER_THREAD`.
+        float32 [128] in `PER_THREAD`.
     """
-    pool, heads = scales[0].shape[:2]
-    per_token = len(scales[0].shape) == 3
+    pool, heads = scales.shape[:2]
+    per_token = len(scales.shape) == 3
 
-    def load(ctx, pages, head, tile, *scales):
+    def load(ctx, scales, pages, head, tile):
         del ctx
         i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
         # The table past a sequence's pages may hold anything.
@@ -95,24 +93,19 @@ def token_scales(
         if per_token:
             slot = arith.remui(_token(tile, tokens), reg.i32(page_size))
             index = arith.addi(arith.muli(index, reg.i32(page_size)), slot)
-        index = arith.extui(i64, index)
-        found = []
-        for ref in scales:
-            value = llvm.load(f32, utils.getelementptr(utils.memref_ptr(ref), [index], f32))
-            found.append(_per_thread(value))
-        return tuple(found)
+        at = utils.getelementptr(utils.memref_ptr(scales), [arith.extui(i64, index)], f32)
+        return _per_thread(llvm.load(f32, at))
 
-    def reference(pages, head, tile, *scales):
+    def reference(scales, pages, head, tile):
         token = tile * tokens + jnp.arange(THREADS) % tokens
         where = (jnp.clip(pages, 0, pool - 1), head)
-        return tuple(s[(*where, token % page_size) if per_token else where] for s in scales)
+        return scales[(*where, token % page_size) if per_token else where]
 
     load.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     out = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=PER_THREAD)
-    return plgpu.inline_mgpu(
-        arg_types=(PER_THREAD, *[reg.SCALAR] * 2, *[plgpu.RefType()] * len(scales)),
-        return_type=(out,) * len(scales),
-    )(load)(pages, head, tile, *scales)
+    types = (plgpu.RefType(), PER_THREAD, reg.SCALAR, reg.SCALAR)
+    wrap = plgpu.inline_mgpu(arg_types=types, return_type=out)
+    return wrap(load)(scales, pages, head, tile)
 
 
 def _token(tile: fa.FragmentedArray, tokens: int) -> ir.Value:

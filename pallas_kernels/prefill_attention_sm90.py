@@ -34,7 +34,12 @@ NARROW_DTYPES = ("float8_e4m3fn", "float8_e5m2", FP4)
 
 
 def choose_tile(
-    dim: int, value_dim: int, *, page_size: int | None = None, narrow: bool = False
+    dim: int,
+    value_dim: int,
+    *,
+    page_size: int | None = None,
+    narrow: bool = False,
+    split: bool = False,
 ) -> TileConfig:
     """The largest tile whose logits, probabilities and outputs fit the registers, and two stages shared memory.
 
@@ -44,13 +49,14 @@ def choose_tile(
         page_size: Tokens of a page, None for contiguous keys.
         narrow: Whether keys and values are 8- or 4-bit codes; widening them takes registers from the math
             warpgroups, and a thread for each token.
+        split: Whether 8-bit keys are multiplied as they are stored, which leaves room for more of them.
     """
     if value_dim > 128:
         return TileConfig(keys=64, stages=2, separate_output=False, overlap=not narrow)
     for keys in (128, 64) if narrow else (128, 96, 64):
-        config = TileConfig(keys=keys, stages=2, separate_output=True, overlap=True)
+        config = TileConfig(keys=keys, stages=3 if split else 2, separate_output=True, overlap=True)
         whole = page_size is None or keys % page_size == 0 or page_size % keys == 0
-        if whole and config.smem_bytes(dim, value_dim) <= SMEM_BYTES:
+        if whole and (split or config.smem_bytes(dim, value_dim) <= SMEM_BYTES):
             return config
     raise ValueError(f"prefill_attention: no tile of whole pages; found page_size {page_size}")
 
@@ -337,14 +343,15 @@ def _attend(
         ("sinks", sink_logits, q_heads, jnp.float32),
     ):
         _expect(name, vector, (size,), dtype)
+    # The parts of a bfloat16 query are exact; with 256 channels, outputs take the place of 16-bit queries.
+    split = narrow and not block_scales and query.dtype == jnp.bfloat16 and dim <= 128
     if tile is None:
-        tile = choose_tile(dim, value_dim, page_size=page_size, narrow=narrow)
+        sizes = dict(page_size=page_size, narrow=narrow, split=split)
+        tile = choose_tile(dim, value_dim, **sizes)
     if narrow and tile.keys not in ((128,) if block_scales else (64, 128)):
         raise ValueError(
             f"prefill_attention: tiles of {page_dtype} need 128 keys (or 64 of 8 bits); found {tile.keys}"
         )
-    # The parts of a bfloat16 query are exact, and outputs cannot take the place of 8-bit queries.
-    split = narrow and not block_scales and query.dtype == jnp.bfloat16 and tile.separate_output
     num_sms = jax.devices()[0].core_count if num_sms is None else num_sms
     plan = Plan(
         batch=batch,
@@ -386,7 +393,7 @@ def _attend(
         out_type=jax.ShapeDtypeStruct((*query.shape[:3], value_dim), written),
         grid=(plan.ctas,),
         grid_names=("cta",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=WARPGROUPS + plan.producers,
         thread_name="wg",
         kernel_name="prefill_attention",
         scratch_types=scratch(plan, dtype, written),

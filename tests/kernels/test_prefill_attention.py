@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qjax import testing
-from qjax.pallas_kernels._prefill_attention_plan_sm90 import REGISTERS, TileConfig
+from qjax.pallas_kernels._prefill_attention_plan_sm90 import TileConfig
 from qjax.pallas_kernels.prefill_attention_sm90 import (
     choose_tile,
     paged_prefill_attention,
@@ -304,8 +304,6 @@ def test_ptxas_neither_spills_nor_serializes():
     for (report,) in testing.ptxas_reports(jobs):
         report.check()
         assert report.stack_bytes == 0
-        # What setmaxnreg hands to the math warpgroups must be what the CTA has.
-        assert all(low + 2 * high <= 3 * report.registers for low, high in REGISTERS.values())
 
 
 @pytest.mark.gpu
