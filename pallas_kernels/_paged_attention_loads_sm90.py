@@ -73,7 +73,7 @@ def queries(query, sequence, head, block, *, group: int, storage: reg.Storage) -
     return reg.inline(load, kinds, (64, dim), query.dtype)(query, sequence, head, block)
 
 
-def row_values(values, start, block, *, repeat: int, count: int) -> Array:
+def row_values(values, start, block, *, repeat: int, count: int, folded: bool = False) -> Array:
     """values[start + r // repeat or r % -repeat] of each row r of a row block.
 
     Args:
@@ -82,6 +82,7 @@ def row_values(values, start, block, *, repeat: int, count: int) -> Array:
         block: The row block.
         repeat: Rows that share a value if positive; number of values that repeat if negative.
         count: Rows; those past the end repeat the last.
+        folded: Whether a warp's rows 8-15 are rows 0-7 again.
 
     Returns:
         [64] in ``Layout.WGMMA.reduce(1)``.
@@ -93,7 +94,8 @@ def row_values(values, start, block, *, repeat: int, count: int) -> Array:
         base, vec = utils.memref_ptr(values), ir.VectorType.get((1,), dtype)
         registers = []
         for half in range(2):
-            row = arith.addi(arith.muli(reg.value_of(block), reg.i32(reg.ROWS)), reg.i32(8 * half))
+            first = 0 if folded else 8 * half
+            row = arith.addi(arith.muli(reg.value_of(block), reg.i32(reg.ROWS)), reg.i32(first))
             row = arith.minsi(
                 arith.addi(row, arith.divui(reg.lane(), reg.i32(4))), reg.i32(count - 1)
             )
@@ -107,13 +109,37 @@ def row_values(values, start, block, *, repeat: int, count: int) -> Array:
         return fa.FragmentedArray(_registers=found, _layout=layout, _is_signed=signed)
 
     def reference(values, start, block):
-        row = jnp.minimum(block * reg.ROWS + jnp.arange(64) % reg.ROWS, count - 1)
+        row = block * reg.ROWS + jnp.arange(64) % (8 if folded else reg.ROWS)
+        row = jnp.minimum(row, count - 1)
         return values.reshape(-1)[start + (row // repeat if repeat > 0 else row % -repeat)]
 
     load.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     out = plgpu.ShapeDtypeStruct((64,), values.dtype, layout=plgpu.Layout.WGMMA.reduce(1))
     wrap = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), reg.SCALAR, reg.SCALAR), return_type=out)
     return wrap(load)(values, start, block)
+
+
+def over_halves(rows: Array, largest: bool) -> Array:
+    """The larger, or the sum, of what a warp's rows i and i + 8 have: float32 [64] in ``Layout.WGMMA.reduce(1)``."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    def join(ctx, rows):
+        del ctx
+        first, second = (vector.extract(r, [], [0]) for r in rows.registers.flat)
+        both = (arith.maximumf if largest else arith.addf)(first, second)
+        both = vector.from_elements(ir.VectorType.get((1,), ir.F32Type.get()), [both])
+        found = np.array([both, both], dtype=object)
+        found = found.reshape(fa.WGMMA_ROW_LAYOUT.registers_shape((64,)))
+        return fa.FragmentedArray(_registers=found, _layout=fa.WGMMA_ROW_LAYOUT, _is_signed=None)
+
+    def reference(rows):
+        halves = rows.reshape(reg.WARPS, 2, 8)
+        both = jnp.max(halves, axis=1) if largest else jnp.sum(halves, axis=1)
+        return jnp.broadcast_to(both[:, None], halves.shape).reshape(64)
+
+    join.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
+    out = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=layout)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=out)(join)(rows)
 
 
 def token_pages(table, sequence, tile, last_page, *, storage: reg.Storage, page_size: int) -> Array:
@@ -229,9 +255,14 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(load)(scales, pages, head, tile)
 
 
-def spread_scales(scales: Array, *, storage: reg.Storage, per_token: bool) -> Array:
-    """float32 [64, storage.tokens]: the scale of each token, from `load_scales`."""
+def spread_scales(
+    scales: Array, *, storage: reg.Storage, per_token: bool, folded: bool = False
+) -> Array:
+    """float32 [64, storage.tokens]: the scale of each token, from `load_scales`; folded, half as many columns."""
+    if folded and per_token:
+        return scales
     n = storage.tokens
+    columns = n // 2 if folded else n
 
     def spread(ctx, scales):
         del ctx
@@ -243,8 +274,8 @@ def spread_scales(scales: Array, *, storage: reg.Storage, per_token: bool) -> Ar
             else:
                 value = vector.extract(scales.registers.flat[block // 2], [], [block % 2])
                 value = vector.broadcast(pair, value)
-            registers += [value, value]
-        return reg.array(registers, n)
+            registers += [value] if folded else [value, value]
+        return reg.array(registers, columns)
 
     def reference(scales):
         if per_token:
@@ -255,11 +286,31 @@ def spread_scales(scales: Array, *, storage: reg.Storage, per_token: bool) -> Ar
             ]
             found = jnp.repeat(found, 8, axis=1)
         found = found.reshape(reg.WARPS, 1, n)
-        return jnp.broadcast_to(found, (reg.WARPS, reg.ROWS, n)).reshape(64, n)
+        found = jnp.broadcast_to(found, (reg.WARPS, reg.ROWS, n)).reshape(64, n)
+        return reg.fold(found) if folded else found
 
     spread.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
-    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=plgpu.Layout.WGMMA)
+    out = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=plgpu.Layout.WGMMA)
     return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=out)(spread)(scales)
+
+
+def tokens(shape: tuple[int, int], *, storage: reg.Storage, folded: bool) -> Array:
+    """int32 of this shape: number in the tile of the token of each element of an array of tokens."""
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+    )
+    if folded:
+        column = ((column >> 3) << 4) + (row & 8) + (column & 7)
+    return (row >> 4) * storage.tokens + column
+
+
+def block_tokens(shape: tuple[int, int], *, storage: reg.Storage) -> Array:
+    """int32 of this shape: the first token of each block of eight, as `token_pages` has them."""
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+    )
+    block = jnp.minimum(((row & 8) >> 2) + (column & 1), storage.tokens // 8 - 1)
+    return (row >> 4) * storage.tokens + block * 8
 
 
 def _by_block(values: Array) -> Array:

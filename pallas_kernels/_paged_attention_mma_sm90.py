@@ -15,7 +15,7 @@ from qjax.pallas_kernels import _paged_attention_registers_sm90 as reg
 from qjax.pallas_kernels._mma_sm80 import mma, pairs
 
 
-def logits(query: Array, key, scales=None, *, storage: reg.Storage) -> Array:
+def logits(query: Array, key, scales=None, *, storage: reg.Storage, folded: bool = False) -> Array:
     """Each warp's queries times its tokens' keys, in units of 1 / storage.unit.
 
     Args:
@@ -23,11 +23,13 @@ def logits(query: Array, key, scales=None, *, storage: reg.Storage) -> Array:
         key: Shared memory [storage.tile, H] with ``storage.transforms``; FP4 [storage.tile, H / 2].
         scales: Of FP4: shared memory, e4m3, tile * H / 16 of them.
         storage: Of the pages.
+        folded: Whether only eight rows are wanted, folded.
 
     Returns:
-        float32 [64, storage.tokens].
+        float32 [64, storage.tokens], or half as many columns.
     """
     n, dim = storage.tokens, storage.dim
+    columns = n // 2 if folded else n
 
     def product(ctx, query, key, *scales):
         del ctx
@@ -46,45 +48,62 @@ def logits(query: Array, key, scales=None, *, storage: reg.Storage) -> Array:
                 for block in range(n // 8):
                     right = [waiting[block].pop(0) for _ in range(2)]
                     left = words[4 * step : 4 * step + 4]
+                    left = _eight_rows(left[::2]) if folded else left
                     sums[block] = mma(storage.operand, left, right, sums[block])
                 step += 1
-        return reg.array(pairs(sums), n)
+        return reg.array(pairs(sums)[:: 1 + folded], columns)
 
     def reference(query, key, *scales):
         q = query.astype(jnp.float32).reshape(reg.WARPS, reg.ROWS, dim)
         k = _values(key, storage, *scales)[:, storage.key_order()].reshape(reg.WARPS, n, dim)
-        return jnp.einsum("wrd,wnd->wrn", q, k, precision="highest").reshape(64, n)
+        found = jnp.einsum("wrd,wnd->wrn", q, k, precision="highest").reshape(64, n)
+        return reg.fold(found) if folded else found
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     arrays = (query, key) if scales is None else (query, key, scales)
     kinds = (plgpu.Layout.WGMMA, reg.tiled(storage), *[None] * len(arrays[2:]))
-    return reg.inline(product, kinds, (64, n), jnp.float32)(*arrays)
+    return reg.inline(product, kinds, (64, columns), jnp.float32)(*arrays)
 
 
 def add_values(
-    p: Array, value, out: Array, begin, end, scales=None, *, storage: reg.Storage
+    p: Array,
+    value,
+    out: Array,
+    rescale: Array,
+    begin,
+    end,
+    scales=None,
+    *,
+    storage: reg.Storage,
+    folded: bool = False,
 ) -> Array:
-    """out + each warp's weights times its tokens' values, in units of 1 / storage.unit.
+    """out * rescale + each warp's weights times its tokens' values, in units of 1 / storage.unit.
 
     Args:
         p: [64, storage.tokens], in ``storage.operand``; zero for tokens that are not to be seen.
         value: Shared memory, like keys in `logits`.
         out: float32 [64, H], columns in ``storage.value_order``.
+        rescale: float32 [64] in ``Layout.WGMMA.reduce(1)``.
         begin: Tokens of the tile before this one count as zeros, whatever the page holds.
         end: So do those from this one on.
         scales: As in `logits`.
         storage: Of the pages.
+        folded: Whether p is; rows 8-15 of each warp stay as they are.
     """
     n, dim = storage.tokens, storage.dim
 
-    def product(ctx, p, value, out, begin, end, *scales):
+    def product(ctx, p, value, out, rescale, begin, end, *scales):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
         tile = _Tile(value, storage)
         words = [utils.bitcast(r, i32) for r in p.registers.flat]
+        factors = [vector.extract(r, [], [0]) for r in rescale.registers.flat]
         sums = [[] for _ in range(dim // 8)]
         for i, r in enumerate(out.registers.flat):
-            sums[i // 2] += [vector.extract(r, [], [j]) for j in range(2)]
+            found = [vector.extract(r, [], [j]) for j in range(2)]
+            if not (folded and i % 2):
+                found = [arith.mulf(x, factors[i % 2]) for x in found]
+            sums[i // 2] += found
         masks = _masks(begin, end, storage)
         rows = [
             _ValueScales(scales[0], block, mask, storage)
@@ -96,33 +115,39 @@ def add_values(
             for c in range(tile.chunks):
                 blocks = []
                 for block, word in enumerate(loaded[c :: tile.chunks]):
+                    # A word holds channels of one token, then of the next: pair tokens instead.
                     if rows:  # no code is a NaN: it is enough that the scale is zero
                         scale = rows[block].of_chunk(first + c)
-                        blocks.append(_decode(word, storage, scale))
+                        blocks.append(_decode(_permute(word), storage, scale))
                         continue
                     word = arith.andi(word, masks[block])
-                    # A word holds two channels of one token, then of the next: pair tokens instead.
                     blocks.append(_decode(_permute(word) if storage.bits == 8 else word, storage))
                 for j in range(per_word):
                     at = per_word * (first + c) + j
                     for step in range(n // 16):
                         right = [blocks[2 * step][j], blocks[2 * step + 1][j]]
                         left = words[4 * step : 4 * step + 4]
+                        if folded:
+                            left = _eight_rows(words[2 * step : 2 * step + 2])
                         sums[at] = mma(storage.operand, left, right, sums[at])
         return reg.array(pairs(sums), dim)
 
-    def reference(p, value, out, begin, end, *scales):
+    def reference(p, value, out, rescale, begin, end, *scales):
         token = jnp.arange(storage.tile)
         seen = (token >= begin) & (token < end)
         v = jnp.where(seen[:, None], _values(value, storage, *scales), 0)[:, storage.value_order()]
-        p = p.astype(jnp.float32).reshape(reg.WARPS, reg.ROWS, n)
+        p = p.astype(jnp.float32)
+        p = (reg.unfold(p) if folded else p).reshape(reg.WARPS, reg.ROWS, n)
+        if folded:
+            rescale = jnp.where(jnp.arange(64) % reg.ROWS < 8, rescale, 1)
         part = jnp.einsum("wrn,wnd->wrd", p, v.reshape(reg.WARPS, n, dim), precision="highest")
-        return out + part.reshape(64, dim)
+        return out * rescale[:, None] + part.reshape(64, dim)
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
-    arrays = (p, value, out, begin, end) if scales is None else (p, value, out, begin, end, scales)
+    arrays = (p, value, out, rescale, begin, end, *([] if scales is None else [scales]))
     registers, scalar = plgpu.Layout.WGMMA, reg.SCALAR
-    kinds = (registers, reg.tiled(storage), registers, scalar, scalar, *[None] * len(arrays[5:]))
+    kinds = (registers, reg.tiled(storage), registers, registers.reduce(1), scalar, scalar)
+    kinds += (None,) * len(arrays[6:])
     return reg.inline(product, kinds, (64, dim), jnp.float32)(*arrays)
 
 
@@ -270,22 +295,35 @@ class _Tile:
 
 
 def _decode(word: ir.Value, storage: reg.Storage, scale: ir.Value | None = None) -> list[ir.Value]:
-    """Pairs of 16-bit operands: of 16-bit numbers, of bytes 0-1 and 2-3, or of nibbles i and i + 4."""
+    """Pairs of 16-bit operands: of 16-bit numbers, of bytes 0-1 and 2-3, or of nibbles 0-2, 1-3, 4-6 and 5-7."""
     if storage.bits == 16:
         return [word]
     if storage.bits == 8:
         return reg.widen_bytes(word, storage.dtype)
     i32 = ir.IntegerType.get_signless(32)
     assert scale is not None
-    found = []
-    for i in range(4):
-        # Sign to sign, exponent and mantissa to the lowest of float16's exponent and its highest of mantissa.
-        top = arith.shli(word, reg.i32(12 - 4 * i)) if i < 3 else word
-        low = arith.andi(arith.shrui(top, reg.i32(3)), reg.i32(0x0E000E00))
-        bits = arith.ori(arith.andi(top, reg.i32(-0x7FFF8000)), low)
-        # Exact: a product is a multiple of 2^-24 and has at most six significant bits.
-        found.append(utils.inline_ptx("mul.rn.f16x2 $0, $1, $2;", bits, scale, result_types=i32))
-    return found
+
+    def e4m3(top: ir.Value, rest: ir.Value) -> ir.Value:
+        # Sign to sign, exponent and mantissa to the lowest of e4m3's exponent and its highest of mantissa.
+        sign = arith.andi(top, reg.i32(-0x7F7F7F80))
+        return arith.ori(sign, arith.andi(rest, reg.i32(0x1C1C1C1C)))
+
+    even = e4m3(arith.shli(word, reg.i32(4)), arith.shli(word, reg.i32(2)))
+    odd = e4m3(word, arith.shrui(word, reg.i32(2)))
+    # Neighbours in this order: low halves, then high ones.
+    halves = zip(*(reg.widen_bytes(w, "float8_e4m3fn") for w in (even, odd)), strict=True)
+    # Exact: a product is a multiple of 2^-16 and has at most six significant bits.
+    return [
+        utils.inline_ptx("mul.rn.f16x2 $0, $1, $2;", bits, scale, result_types=i32)
+        for half in halves
+        for bits in half
+    ]
+
+
+def _eight_rows(words: list[ir.Value]) -> list[ir.Value]:
+    """An operand of 16 rows, of which the second eight are zeros."""
+    zero = reg.i32(0)
+    return [words[0], zero, words[1], zero]
 
 
 def _select(first: ir.Value, second: ir.Value, selector: ir.Value) -> ir.Value:

@@ -6,7 +6,9 @@ memory once, become float16 in registers (exactly) and never go back. The four w
 different tokens of a tile without waiting for each other.
 
 An array is [64, columns] in ``Layout.WGMMA``: rows 16w .. 16w+15 are the 16 queries as warp w sees them. Its
-columns are tokens of that warp, or channels.
+columns are tokens of that warp, or channels. Where at most eight queries are real, arrays of tokens are folded: a
+warp's rows 0-7 have the even blocks of eight tokens and its rows 8-15 the odd ones, of the same eight queries, in half
+as many columns.
 
 Narrow channels need no shuffles if both operands agree on another order of the channels: `Storage.key_order` and
 `Storage.value_order`.
@@ -17,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -61,8 +64,8 @@ class Storage:
 
     @property
     def unit(self) -> float:
-        """What an operand of one stands for: e2m1's bits in the places of float16's are 2^-14 times it."""
-        return 2.0**14 if self.bits == 4 else 1.0
+        """What an operand of one stands for: e2m1's bits in the places of e4m3's are 2^-6 times it."""
+        return 2.0**6 if self.bits == 4 else 1.0
 
     @property
     def operand(self) -> str:
@@ -110,7 +113,7 @@ class Storage:
         h, t, e = column // 8 % 2, column // 2 % 4, column % 2
         if self.bits == 8:
             return column // 16 * 16 + 4 * t + 2 * h + e
-        return column // 32 * 32 + 8 * t + 2 * (column // 16 % 2) + h + 4 * e
+        return column // 32 * 32 + 8 * t + 4 * (column // 16 % 2) + h + 2 * e
 
     def value_order(self) -> np.ndarray:
         """Channel of each column of the products with values."""
@@ -123,6 +126,21 @@ class Storage:
             + per_word * (column % 8)
             + column // 8 % per_word
         )
+
+
+def fold(values: Array) -> Array:
+    """[64, n / 2], folded, from the first eight rows of each warp's [16, n]."""
+    n = values.shape[1]
+    blocks = values.reshape(WARPS, 2, 8, n // 16, 2, 8)[:, 0]
+    return blocks.transpose(0, 3, 1, 2, 4).reshape(64, n // 2)
+
+
+def unfold(values: Array) -> Array:
+    """[64, n] from folded ones, zeros in rows 8-15 of each warp."""
+    half = values.shape[1]
+    blocks = values.reshape(WARPS, 2, 8, half // 8, 8).transpose(0, 2, 3, 1, 4)
+    rows = blocks.reshape(WARPS, 8, 2 * half)
+    return jnp.concatenate([rows, jnp.zeros_like(rows)], axis=1).reshape(64, 2 * half)
 
 
 def tiled(storage: Storage) -> plgpu.RefType:

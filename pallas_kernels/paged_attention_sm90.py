@@ -34,6 +34,7 @@ from qjax.pallas_kernels import _paged_attention_registers_sm90 as reg
 from qjax.pallas_kernels._paged_attention_combine_sm90 import combine
 
 MASKED = -1e30  # finite, so that differences of two masked logits are numbers
+LOWEST = MASKED / 2  # so that the weights of masked logits are zero though nothing else is seen
 MAX_ROWS = 64
 MAX_QUERIES = 8
 PAGE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", reg.FP4)
@@ -98,6 +99,11 @@ class _Plan:
     @property
     def rows(self) -> int:
         return self.group * self.queries
+
+    @property
+    def folded(self) -> bool:
+        """Whether eight of a warp's rows are enough (`_paged_attention_registers_sm90`)."""
+        return self.rows <= 8
 
     @property
     def warpgroups(self) -> int:
@@ -440,7 +446,17 @@ def _kernel(
         return tuple(loads.load_scales(s, *where, **options) for s in (k_scale_gmem, v_scale_gmem))
 
     def of_tokens(scale):
-        return loads.spread_scales(scale, storage=storage, per_token=per_token)
+        shape = dict(storage=storage, per_token=per_token, folded=plan.folded)
+        return loads.spread_scales(scale, **shape)
+
+    def seen_scales(scale, tile):
+        """Zero for tokens, or their blocks of eight, that no query sees: their scales may be NaN."""
+        if per_token:
+            first, width = loads.tokens(scale.shape, storage=storage, folded=True), 1
+        else:
+            first, width = loads.block_tokens(scale.shape, storage=storage), 8
+        first = first + tile * tile_tokens
+        return jnp.where((first + width > start) & (first < length), scale, 0.0)
 
     for i in range(plan.stages):
 
@@ -457,9 +473,17 @@ def _kernel(
         row_end = lengths[0]
     else:
         row_end = loads.row_values(
-            lengths_gmem, sequence * plan.queries, block, repeat=plan.group, count=plan.rows
+            lengths_gmem,
+            sequence * plan.queries,
+            block,
+            repeat=plan.group,
+            count=plan.rows,
+            folded=plan.folded,
         )
-    logit_scale = plan.logit_scale * storage.unit
+    # Base 2; or what the exponential that makes a tanh takes, good to 2^-22 where tanh's approximation is to 2^-11.
+    logit_scale = (
+        plan.logit_scale * storage.unit * to_log2 * (2 / plan.soft_cap if plan.soft_cap else 1)
+    )
     if static_scale:
         logit_scale = k_scale_gmem[head] * logit_scale
 
@@ -474,33 +498,38 @@ def _kernel(
         slot = lax.rem(i, plan.stages)
         tile = begin + i
         plgpu.barrier_wait(keys_full.at[slot])
-        s = mma.logits(query, ring.at[slot, 0], *scales_at(slot, 0), storage=storage)
-        s = s * logit_scale
-        if not static_scale:
-            s = s * of_tokens(token_scale[0])
-        if plan.soft_cap is None:
-            s = s * to_log2
+        s = mma.logits(
+            query, ring.at[slot, 0], *scales_at(slot, 0), storage=storage, folded=plan.folded
+        )
+        if static_scale:
+            s = s * logit_scale
         else:
-            # tanh from the exponential: its approximation is good to 2^-22, that of tanh to 2^-11.
-            tanh = 1 - 2 / (jnp.exp2(s * (2 * to_log2 / plan.soft_cap)) + 1)
-            s = tanh * (plan.soft_cap * to_log2)
-        row = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=layout)
-        column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
-        token = tile * tile_tokens + row // reg.ROWS * storage.tokens + column
-        ends = row_end if plan.queries == 1 else spread(row_end, s.shape)
-        visible = (token < ends) & (token < length)
+            s = s * of_tokens(token_scale[0] * logit_scale)
+        if plan.soft_cap is not None:
+            s = (1 - 2 / (jnp.exp2(s) + 1)) * (plan.soft_cap * to_log2)
+        token = loads.tokens(s.shape, storage=storage, folded=plan.folded)
+        ends = row_end - tile * tile_tokens
+        end = lax.min(length - tile * tile_tokens, ends) if plan.queries == 1 else None
+        if end is not None:
+            visible = token < end
+        else:
+            ends = spread(ends, s.shape)
+            visible = (token < ends) & (token < length - tile * tile_tokens)
         if plan.window is not None:
             visible = visible & (token >= ends - plan.window)
         s = jnp.where(visible, s, MASKED)
-        new_top = jnp.maximum(top, jnp.max(s, axis=1))
+        best = jnp.max(s, axis=1)
+        new_top = jnp.maximum(top, loads.over_halves(best, True) if plan.folded else best)
         rescale = jnp.exp2(top - new_top)
-        p = jnp.where(visible, jnp.exp2(s - spread(new_top, s.shape)), 0.0)
+        p = jnp.exp2(s - spread(new_top, s.shape))
         total = total * rescale + jnp.sum(p, axis=1)
         if not static_scale:
             # Values' scales may be as small as float32: relative to the largest, their products with p fit.
-            value_scale = jnp.where(visible, of_tokens(token_scale[1]), 0.0)
-            new_largest = jnp.maximum(largest, jnp.max(value_scale, axis=1))
-            p = p * (value_scale / spread(new_largest, s.shape))
+            value_scale = seen_scales(token_scale[1], tile)
+            new_largest = jnp.maximum(
+                largest, loads.over_halves(jnp.max(value_scale, axis=1), True)
+            )
+            p = p * of_tokens(value_scale / spread(new_largest, value_scale.shape))
             rescale = rescale * (largest / new_largest)
             largest = new_largest
         following = scales(i + 1, scale_numbers)
@@ -509,11 +538,13 @@ def _kernel(
         out = mma.add_values(
             p.astype(storage.operand),
             ring.at[slot, 1],
-            out * spread(rescale, out.shape),
+            out,
+            rescale,
             start - tile * tile_tokens,
             length - tile * tile_tokens,
             *scales_at(slot, 1),
             storage=storage,
+            folded=plan.folded,
         )
         refill = i + plan.stages < count
         if plan.warpgroups == 2:
@@ -537,7 +568,7 @@ def _kernel(
 
     carry = (
         rows_of(0.0),
-        rows_of(MASKED),
+        rows_of(LOWEST),
         rows_of(float(jnp.finfo(jnp.float32).tiny)),
         plgpu.layout_cast(jnp.zeros((64, storage.dim), jnp.float32), layout),
         pages(plan.stages),
@@ -546,6 +577,8 @@ def _kernel(
     )
     total, top, largest, out, *unused = lax.fori_loop(0, count, attend, carry)
     del unused
+    if plan.folded:
+        total = loads.over_halves(total, False)
     if plan.warpgroups == 2:
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)

@@ -42,18 +42,20 @@ def tile_of(rng, storage: Storage):
     return values.astype(jnp.dtype(storage.dtype)), ()
 
 
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.dtype}-{s.dim}")
-def test_products(emulated, storage):
+def test_products(emulated, storage, folded):
     rng = np.random.default_rng(storage.dim)
     operand = jnp.dtype(storage.operand)
     tile, scales = tile_of(rng, storage)
     emulated.images[id(tile)] = swizzled(tile, storage.swizzle)
     query = jnp.asarray(rng.standard_normal((64, storage.dim), np.float32).astype(operand))
-    mma.logits(query, tile, *scales, storage=storage)
-    p = jnp.asarray(rng.uniform(0, 1, (64, storage.tokens)).astype(operand))
+    mma.logits(query, tile, *scales, storage=storage, folded=folded)
+    p = rng.uniform(0, 1, (64, storage.tokens // (1 + folded)))
+    p, rescale = jnp.asarray(p.astype(operand)), jnp.asarray(rng.uniform(0, 1, 64), jnp.float32)
     out = jnp.asarray(rng.standard_normal((64, storage.dim), np.float32))
     for begin, end in ((-5, 1000), (3, storage.tile - 9)):
-        mma.add_values(p, tile, out, begin, end, *scales, storage=storage)
+        mma.add_values(p, tile, out, rescale, begin, end, *scales, storage=storage, folded=folded)
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.dtype}-{s.dim}")
@@ -81,13 +83,19 @@ def test_scales(emulated, dtype, page_size):
         for tile, last_page in ((0, 39), (1, 39), (1, 5)):
             pages = loads.token_pages(table, 1, tile, last_page, **options)
             found = loads.load_scales(scales, pages, 2, tile, **options)
-            loads.spread_scales(found, storage=storage, per_token=len(shape) == 3)
+            for folded in (False, True):
+                loads.spread_scales(
+                    found, storage=storage, per_token=len(shape) == 3, folded=folded
+                )
 
 
 def test_row_values(emulated):
     values = np.arange(40, dtype=np.float32)
     loads.row_values(values, 8, 1, repeat=-4, count=30)
     loads.row_values(values.astype(np.int32).reshape(5, 8), 8, 1, repeat=4, count=30)
+    loads.row_values(values, 0, 0, repeat=2, count=7, folded=True)
+    for largest in (True, False):
+        loads.over_halves(jnp.sin(jnp.arange(64.0)), largest)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
