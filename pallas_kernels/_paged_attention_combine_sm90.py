@@ -31,7 +31,7 @@ def combine(
 
     Args:
         parts: float32 [B, K, S, rows, H]; rows * H a multiple of 128 in each block.
-        log_sums: float32 [B, K, S, blocks, 64], the first rows / blocks of each block's 64.
+        log_sums: float32 [B, K, S, blocks, L], of which the first rows / blocks count.
         sinks: float32 [N] or None; row r of KV head k has that of head k * group + r % group.
         group: Query heads of a KV head.
         out_dtype: Of the result.
@@ -40,7 +40,7 @@ def combine(
         [B, K, rows, H].
     """
     batch, kv_heads, splits, rows, dim = parts.shape
-    blocks = log_sums.shape[3]
+    blocks, stride = log_sums.shape[3:]
     size = rows // blocks
     width = next(v for v in (4, 2, 1) if size * dim % (128 * v) == 0)
     layout = plgpu.Layout.WG_STRIDED((size, dim), vec_size=width)
@@ -76,7 +76,7 @@ def combine(
             where, logs = [], []
             for s in range(splits):
                 part = arith.addi(arith.muli(arith.addi(first, const(s)), const(blocks)), block)
-                logs.append(load(log_sums, arith.addi(arith.muli(part, const(64)), row)))
+                logs.append(load(log_sums, arith.addi(arith.muli(part, const(stride)), row)))
                 at = arith.addi(arith.muli(part, const(size)), row)
                 where.append(arith.addi(arith.muli(at, const(dim)), column))
             top, sink = functools.reduce(arith.maximumf, logs), None

@@ -3,6 +3,8 @@
 `_paged_attention_registers_sm90` says how the arrays lie.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -73,7 +75,7 @@ def queries(query, sequence, head, block, *, group: int, storage: reg.Storage) -
     return reg.inline(load, kinds, (64, dim), query.dtype)(query, sequence, head, block)
 
 
-def row_values(values, start, block, *, repeat: int, count: int, folded: bool = False) -> Array:
+def row_values(values, start, block, *, repeat: int, count: int, turned: bool = False) -> Array:
     """values[start + r // repeat or r % -repeat] of each row r of a row block.
 
     Args:
@@ -82,64 +84,51 @@ def row_values(values, start, block, *, repeat: int, count: int, folded: bool = 
         block: The row block.
         repeat: Rows that share a value if positive; number of values that repeat if negative.
         count: Rows; those past the end repeat the last.
-        folded: Whether a warp's rows 8-15 are rows 0-7 again.
+        turned: Whether the first eight rows are wanted as columns.
 
     Returns:
-        [64] in ``Layout.WGMMA.reduce(1)``.
+        [64] in ``Layout.WGMMA.reduce(1)``; turned, [64, 8] in ``Layout.WGMMA``.
     """
 
     def load(ctx, values, start, block):
         del ctx
         dtype = ir.MemRefType(values.type).element_type
         base, vec = utils.memref_ptr(values), ir.VectorType.get((1,), dtype)
-        registers = []
-        for half in range(2):
-            first = 0 if folded else 8 * half
-            row = arith.addi(arith.muli(reg.value_of(block), reg.i32(reg.ROWS)), reg.i32(first))
-            row = arith.minsi(
-                arith.addi(row, arith.divui(reg.lane(), reg.i32(4))), reg.i32(count - 1)
-            )
+        first = arith.muli(reg.value_of(block), reg.i32(reg.ROWS))
+        found = []
+        for i in range(2):
+            if turned:  # two neighbouring columns
+                inside = arith.muli(arith.remui(reg.lane(), reg.i32(4)), reg.i32(2))
+                row = arith.addi(first, arith.addi(inside, reg.i32(i)))
+            else:
+                inside = arith.divui(reg.lane(), reg.i32(4))
+                row = arith.addi(first, arith.addi(inside, reg.i32(8 * i)))
+            row = arith.minsi(row, reg.i32(count - 1))
             divide = arith.divui if repeat > 0 else arith.remui
             at = arith.addi(reg.value_of(start), divide(row, reg.i32(abs(repeat))))
             at = arith.extui(ir.IntegerType.get_signless(64), at)
-            registers.append(llvm.load(vec, utils.getelementptr(base, [at], dtype)))
-        layout = fa.WGMMA_ROW_LAYOUT
-        found = np.array(registers, dtype=object).reshape(layout.registers_shape((64,)))
+            at = utils.getelementptr(base, [at], dtype)
+            found.append(llvm.load(dtype if turned else vec, at))
         signed = True if isinstance(dtype, ir.IntegerType) else None
+        if turned:
+            pair = vector.from_elements(ir.VectorType.get((2,), dtype), found)
+            return reg.array([pair, pair], 8, signed=signed)
+        layout = fa.WGMMA_ROW_LAYOUT
+        found = np.array(found, dtype=object).reshape(layout.registers_shape((64,)))
         return fa.FragmentedArray(_registers=found, _layout=layout, _is_signed=signed)
 
     def reference(values, start, block):
-        row = block * reg.ROWS + jnp.arange(64) % (8 if folded else reg.ROWS)
+        row = block * reg.ROWS + jnp.arange(8 if turned else 64) % reg.ROWS
         row = jnp.minimum(row, count - 1)
-        return values.reshape(-1)[start + (row // repeat if repeat > 0 else row % -repeat)]
+        found = values.reshape(-1)[start + (row // repeat if repeat > 0 else row % -repeat)]
+        return jnp.broadcast_to(found, (64, 8)) if turned else found
 
     load.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
-    out = plgpu.ShapeDtypeStruct((64,), values.dtype, layout=plgpu.Layout.WGMMA.reduce(1))
+    layout = plgpu.Layout.WGMMA if turned else plgpu.Layout.WGMMA.reduce(1)
+    shape = (64, 8) if turned else (64,)
+    out = plgpu.ShapeDtypeStruct(shape, values.dtype, layout=layout)
     wrap = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), reg.SCALAR, reg.SCALAR), return_type=out)
     return wrap(load)(values, start, block)
-
-
-def over_halves(rows: Array, largest: bool) -> Array:
-    """The larger, or the sum, of what a warp's rows i and i + 8 have: float32 [64] in ``Layout.WGMMA.reduce(1)``."""
-    layout = plgpu.Layout.WGMMA.reduce(1)
-
-    def join(ctx, rows):
-        del ctx
-        first, second = (vector.extract(r, [], [0]) for r in rows.registers.flat)
-        both = (arith.maximumf if largest else arith.addf)(first, second)
-        both = vector.from_elements(ir.VectorType.get((1,), ir.F32Type.get()), [both])
-        found = np.array([both, both], dtype=object)
-        found = found.reshape(fa.WGMMA_ROW_LAYOUT.registers_shape((64,)))
-        return fa.FragmentedArray(_registers=found, _layout=fa.WGMMA_ROW_LAYOUT, _is_signed=None)
-
-    def reference(rows):
-        halves = rows.reshape(reg.WARPS, 2, 8)
-        both = jnp.max(halves, axis=1) if largest else jnp.sum(halves, axis=1)
-        return jnp.broadcast_to(both[:, None], halves.shape).reshape(64)
-
-    join.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
-    out = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=layout)
-    return plgpu.inline_mgpu(arg_types=(layout,), return_type=out)(join)(rows)
 
 
 def token_pages(table, sequence, tile, last_page, *, storage: reg.Storage, page_size: int) -> Array:
@@ -190,7 +179,16 @@ def token_pages(table, sequence, tile, last_page, *, storage: reg.Storage, page_
     return reg.inline(load, kinds, (64, 8), jnp.int32)(table, sequence, tile, last_page)
 
 
-def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_size: int) -> Array:
+def load_scales(
+    scales,
+    pages: Array,
+    head,
+    tile,
+    *,
+    storage: reg.Storage,
+    page_size: int,
+    turned: bool = False,
+) -> Array:
     """The scales of a tile's tokens, as they are carried to the tile's turn; see `spread_scales`.
 
     Args:
@@ -200,10 +198,11 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
         tile: The tile's number in its sequence.
         storage: Of the pages.
         page_size: Tokens of a page.
+        turned: Whether those of tokens are.
 
     Returns:
         float32 [64, 8], by blocks as in `token_pages`; or if tokens have their own, [64, storage.tokens / 2]:
-        rows 8h .. 8h+7 and columns 8c .. 8c+7 have the tokens of block 2c + h.
+        rows 8h .. 8h+7 and columns 8c .. 8c+7 have the tokens of block 2c + h, in each row, or turned, in each column.
     """
     (pool, heads), n = scales.shape[:2], storage.tokens
     per_token = len(scales.shape) == 3
@@ -216,6 +215,9 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
         first = arith.muli(reg.value_of(tile), reg.i32(storage.tile))
         first = arith.addi(first, arith.muli(reg.warp(), reg.i32(n)))
         offset = arith.muli(arith.remui(reg.lane(), reg.i32(4)), reg.i32(2))
+        if turned:
+            offset = arith.divui(reg.lane(), reg.i32(4))
+        single = turned or not per_token
         found, values = {}, []
         for block in range(n // 8):
             number = vector.extract(pages.registers.flat[block // 2], [], [block % 2])
@@ -230,9 +232,9 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
                     inside = arith.extui(i64, arith.addi(inside, offset))
                     at = arith.addi(arith.muli(at, utils.c(page_size, i64)), inside)
                 at = utils.getelementptr(base, [at], f32)
-                found[shared] = llvm.load(
-                    pair if per_token else f32, at, alignment=8 if per_token else 4
-                )
+                found[shared] = llvm.load(f32 if single else pair, at, alignment=4 if single else 8)
+                if per_token and turned:
+                    found[shared] = vector.broadcast(pair, found[shared])
             values.append(found[shared])
         if per_token:
             return reg.array(values, columns)
@@ -246,6 +248,9 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
             return _by_block(scales[number, head])
         token = tile * storage.tile + jnp.arange(storage.tile).reshape(reg.WARPS, n // 8, 8)
         found = scales[number[:, : n // 8, None], head, token % page_size]
+        if turned:
+            tokens = jnp.broadcast_to(found.reshape(reg.WARPS, 1, n), (reg.WARPS, reg.ROWS, n))
+            return reg.turn(tokens.reshape(64, n))
         found = found.reshape(reg.WARPS, n // 16, 2, 1, 8).transpose(0, 2, 3, 1, 4)
         return jnp.broadcast_to(found, (reg.WARPS, 2, 8, n // 16, 8)).reshape(64, columns)
 
@@ -256,13 +261,13 @@ def load_scales(scales, pages: Array, head, tile, *, storage: reg.Storage, page_
 
 
 def spread_scales(
-    scales: Array, *, storage: reg.Storage, per_token: bool, folded: bool = False
+    scales: Array, *, storage: reg.Storage, per_token: bool, turned: bool = False
 ) -> Array:
-    """float32 [64, storage.tokens]: the scale of each token, from `load_scales`; folded, half as many columns."""
-    if folded and per_token:
+    """float32 [64, storage.tokens]: the scale of each token, from `load_scales`; turned, half as many columns."""
+    if turned and per_token:
         return scales
     n = storage.tokens
-    columns = n // 2 if folded else n
+    columns = n // 2 if turned else n
 
     def spread(ctx, scales):
         del ctx
@@ -274,7 +279,7 @@ def spread_scales(
             else:
                 value = vector.extract(scales.registers.flat[block // 2], [], [block % 2])
                 value = vector.broadcast(pair, value)
-            registers += [value] if folded else [value, value]
+            registers += [value] if turned else [value, value]
         return reg.array(registers, columns)
 
     def reference(scales):
@@ -287,30 +292,112 @@ def spread_scales(
             found = jnp.repeat(found, 8, axis=1)
         found = found.reshape(reg.WARPS, 1, n)
         found = jnp.broadcast_to(found, (reg.WARPS, reg.ROWS, n)).reshape(64, n)
-        return reg.fold(found) if folded else found
+        return reg.turn(found) if turned else found
 
     spread.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     out = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=plgpu.Layout.WGMMA)
     return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=out)(spread)(scales)
 
 
-def tokens(shape: tuple[int, int], *, storage: reg.Storage, folded: bool) -> Array:
+def tokens(shape: tuple[int, int], *, storage: reg.Storage, turned: bool) -> Array:
     """int32 of this shape: number in the tile of the token of each element of an array of tokens."""
-    row, column = (
-        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
-    )
-    if folded:
-        column = ((column >> 3) << 4) + (row & 8) + (column & 7)
+    row, column = _places(shape)
+    if turned:
+        column = ((column >> 3) << 4) + (row & 15)
     return (row >> 4) * storage.tokens + column
 
 
-def block_tokens(shape: tuple[int, int], *, storage: reg.Storage) -> Array:
-    """int32 of this shape: the first token of each block of eight, as `token_pages` has them."""
-    row, column = (
+def scaled_tokens(
+    shape: tuple[int, int], *, storage: reg.Storage, per_token: bool, turned: bool
+) -> Array:
+    """int32 of this shape, that of `load_scales`: number in the tile of the scale's token, or of its block's first."""
+    if turned and per_token:
+        return tokens(shape, storage=storage, turned=True)
+    row, column = _places(shape)
+    if per_token:
+        token = ((column >> 3) << 4) + (row & 8) + (column & 7)
+    else:
+        token = jnp.minimum(((row & 8) >> 2) + (column & 1), storage.tokens // 8 - 1) * 8
+    return (row >> 4) * storage.tokens + token
+
+
+def _places(shape):
+    return (
         plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
     )
-    block = jnp.minimum(((row & 8) >> 2) + (column & 1), storage.tokens // 8 - 1)
-    return (row >> 4) * storage.tokens + block * 8
+
+
+def over_tokens(values: Array, *, largest: bool, lanes: bool = True) -> Array:
+    """The largest, or the sum, of each query's numbers of a warp's tokens.
+
+    Args:
+        values: float32, turned: [64, tokens / 2].
+        largest: Which of these.
+        lanes: Whether of all its tokens, else of those that a thread has.
+
+    Returns:
+        float32 [64, 8]: a warp's rows are alike; or if not all its tokens are in them, the sum is over rows, too.
+    """
+    columns = values.shape[1]
+    join = arith.maximumf if largest else arith.addf
+
+    def reduce(ctx, values):
+        del ctx
+        pair, found = ir.VectorType.get((2,), ir.F32Type.get()), []
+        registers = list(values.registers.flat)
+        for group in (registers,) if lanes else (registers[::2], registers[1::2]):
+            numbers = []
+            for j in range(2):
+                number = functools.reduce(join, [vector.extract(r, [], [j]) for r in group])
+                for distance in (4, 8, 16) if lanes else ():
+                    number = join(number, utils.shfl_bfly(number, distance))
+                numbers.append(number)
+            found.append(vector.from_elements(pair, numbers))
+        return reg.array(found if len(found) == 2 else found * 2, 8)
+
+    def reference(values):
+        take = jnp.max if largest else jnp.sum
+        found = values.reshape(reg.WARPS, 16, columns // 8, 8)
+        found = take(found, axis=(1, 2), keepdims=True) if lanes else take(found, axis=2)
+        return jnp.broadcast_to(found.reshape(reg.WARPS, -1, 8), (reg.WARPS, 16, 8)).reshape(64, 8)
+
+    reduce.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
+    return reg.inline(reduce, (plgpu.Layout.WGMMA,), (64, 8), jnp.float32)(values)
+
+
+def largest_scale(scales: Array, *, lanes: bool) -> Array:
+    """float32 [64, 8], all alike in a warp: its largest number; `lanes` says whether its threads have others."""
+
+    def reduce(ctx, scales):
+        del ctx
+        numbers = [vector.extract(r, [], [j]) for r in scales.registers.flat for j in range(2)]
+        number = functools.reduce(arith.maximumf, numbers)
+        for distance in (1, 2, 4, 8, 16) if lanes else ():
+            number = arith.maximumf(number, utils.shfl_bfly(number, distance))
+        pair = vector.broadcast(ir.VectorType.get((2,), ir.F32Type.get()), number)
+        return reg.array([pair, pair], 8)
+
+    def reference(scales):
+        found = jnp.max(scales.reshape(reg.WARPS, -1), axis=1)
+        return jnp.broadcast_to(found[:, None, None], (reg.WARPS, 16, 8)).reshape(64, 8)
+
+    reduce.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
+    return reg.inline(reduce, (plgpu.Layout.WGMMA,), (64, 8), jnp.float32)(scales)
+
+
+def repeat(queries: Array, columns: int) -> Array:
+    """[64, columns] with the eight columns again and again."""
+    if columns == 8:
+        return queries
+
+    def spread(ctx, queries):
+        del ctx
+        registers = list(queries.registers.flat) * (columns // 8)
+        return reg.array(registers, columns, signed=queries.is_signed)
+
+    spread.interpret_impl = lambda x: jnp.tile(x, (1, columns // 8))  # pyright: ignore[reportFunctionMemberAccess]
+    kinds = (plgpu.Layout.WGMMA,)
+    return reg.inline(spread, kinds, (64, columns), queries.dtype)(queries)
 
 
 def _by_block(values: Array) -> Array:
@@ -324,15 +411,18 @@ def merge_rows(count: int, dim: int) -> int:
     return next(r for r in range(count, reg.ROWS + 1) if r * dim % 128 == 0)
 
 
-def merge(out: Array, scratch, part, *, rows: int, storage: reg.Storage) -> Array:
+def merge(
+    out: Array, scratch, part, *, rows: int, storage: reg.Storage, turned: bool = False
+) -> Array:
     """The sum of the four warps' parts.
 
     Args:
-        out: float32 [64, H], columns in ``storage.value_order``.
+        out: float32 [64, H], columns in ``storage.value_order``, or turned.
         scratch: A tile in shared memory, the first of (part + 1) * `merge_bytes` bytes that are free.
         part: Which of these parts to use.
         rows: From `merge_rows`.
         storage: Of the pages.
+        turned: Whether `out` is.
 
     Returns:
         float32 [rows, H], its columns in order, in ``Layout.WG_STRIDED``.
@@ -354,6 +444,16 @@ def merge(out: Array, scratch, part, *, rows: int, storage: reg.Storage) -> Arra
         pair = arith.remui(lane, reg.i32(4))
         utils.warpgroup_barrier()
         for i, register in enumerate(out.registers.flat):
+            if turned:  # two rows of one of eight channels
+                first, second = (int(order[8 * i + j]) for j in range(2))
+                column = arith.muli(arith.divui(lane, reg.i32(4)), reg.i32(second - first))
+                at = arith.addi(arith.muli(reg.warp(), reg.i32(kept)), arith.muli(pair, reg.i32(2)))
+                at = arith.addi(arith.muli(at, reg.i32(stride)), column)
+                at = arith.addi(base, arith.muli(arith.addi(at, reg.i32(first)), reg.i32(4)))
+                values = [vector.extract(register, [], [j]) for j in range(2)]
+                text = f"st.shared.f32 [$0], $1; st.shared.f32 [$0+{4 * stride}], $2;"
+                utils.inline_ptx(text, at, *values, has_side_effects=True)
+                continue
             tile, half = divmod(i, 2)
             if 8 * half >= kept:
                 continue
@@ -409,6 +509,7 @@ def merge(out: Array, scratch, part, *, rows: int, storage: reg.Storage) -> Arra
 
     def reference(out, scratch, part):
         del scratch, part
+        out = reg.turn_back(out) if turned else out
         total = jnp.sum(out.reshape(reg.WARPS, reg.ROWS, dim), axis=0)
         return jnp.zeros_like(total).at[:, order].set(total)[:rows]
 

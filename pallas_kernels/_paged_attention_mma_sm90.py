@@ -15,7 +15,7 @@ from qjax.pallas_kernels import _paged_attention_registers_sm90 as reg
 from qjax.pallas_kernels._mma_sm80 import mma, pairs
 
 
-def logits(query: Array, key, scales=None, *, storage: reg.Storage, folded: bool = False) -> Array:
+def logits(query: Array, key, scales=None, *, storage: reg.Storage, turned: bool = False) -> Array:
     """Each warp's queries times its tokens' keys, in units of 1 / storage.unit.
 
     Args:
@@ -23,19 +23,19 @@ def logits(query: Array, key, scales=None, *, storage: reg.Storage, folded: bool
         key: Shared memory [storage.tile, H] with ``storage.transforms``; FP4 [storage.tile, H / 2].
         scales: Of FP4: shared memory, e4m3, tile * H / 16 of them.
         storage: Of the pages.
-        folded: Whether only eight rows are wanted, folded.
+        turned: Whether only the first eight rows are wanted, turned.
 
     Returns:
         float32 [64, storage.tokens], or half as many columns.
     """
     n, dim = storage.tokens, storage.dim
-    columns = n // 2 if folded else n
+    columns = n // 2 if turned else n
 
     def product(ctx, query, key, *scales):
         del ctx
         tile = _Tile(key, storage)
         words = [utils.bitcast(r, ir.IntegerType.get_signless(32)) for r in query.registers.flat]
-        sums = [[utils.c(0.0, ir.F32Type.get())] * 4 for _ in range(n // 8)]
+        sums = [[utils.c(0.0, ir.F32Type.get())] * 4 for _ in range(columns // 8)]
         rows = (
             [_KeyScales(scales[0], block, storage) for block in range(n // 8)] if scales else None
         )
@@ -45,19 +45,25 @@ def logits(query: Array, key, scales=None, *, storage: reg.Storage, folded: bool
                 block, chunk = i // tile.chunks, first + i % tile.chunks
                 waiting[block] += _decode(word, storage, rows and rows[block].of_chunk(chunk))
             while len(waiting[0]) >= 2:
-                for block in range(n // 8):
-                    right = [waiting[block].pop(0) for _ in range(2)]
-                    left = words[4 * step : 4 * step + 4]
-                    left = _eight_rows(left[::2]) if folded else left
-                    sums[block] = mma(storage.operand, left, right, sums[block])
+                right = [[waiting[block].pop(0) for _ in range(2)] for block in range(n // 8)]
+                left = words[4 * step : 4 * step + 4]
+                for i in range(len(sums)):
+                    if turned:
+                        operands = (
+                            [x for pair in zip(*right[2 * i : 2 * i + 2]) for x in pair],
+                            left[::2],
+                        )
+                    else:
+                        operands = left, right[i]
+                    sums[i] = mma(storage.operand, *operands, sums[i])
                 step += 1
-        return reg.array(pairs(sums)[:: 1 + folded], columns)
+        return reg.array(pairs(sums), columns)
 
     def reference(query, key, *scales):
         q = query.astype(jnp.float32).reshape(reg.WARPS, reg.ROWS, dim)
         k = _values(key, storage, *scales)[:, storage.key_order()].reshape(reg.WARPS, n, dim)
         found = jnp.einsum("wrd,wnd->wrn", q, k, precision="highest").reshape(64, n)
-        return reg.fold(found) if folded else found
+        return reg.turn(found) if turned else found
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     arrays = (query, key) if scales is None else (query, key, scales)
@@ -75,7 +81,7 @@ def add_values(
     scales=None,
     *,
     storage: reg.Storage,
-    folded: bool = False,
+    turned: bool = False,
 ) -> Array:
     """out * rescale + each warp's weights times its tokens' values, in units of 1 / storage.unit.
 
@@ -83,27 +89,28 @@ def add_values(
         p: [64, storage.tokens], in ``storage.operand``; zero for tokens that are not to be seen.
         value: Shared memory, like keys in `logits`.
         out: float32 [64, H], columns in ``storage.value_order``.
-        rescale: float32 [64] in ``Layout.WGMMA.reduce(1)``.
+        rescale: float32 [64] in ``Layout.WGMMA.reduce(1)``; turned, [64, 8].
         begin: Tokens of the tile before this one count as zeros, whatever the page holds.
         end: So do those from this one on.
         scales: As in `logits`.
         storage: Of the pages.
-        folded: Whether p is; rows 8-15 of each warp stay as they are.
+        turned: Whether p, out and the result are.
     """
     n, dim = storage.tokens, storage.dim
+    columns = dim // 2 if turned else dim
 
     def product(ctx, p, value, out, rescale, begin, end, *scales):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
         tile = _Tile(value, storage)
         words = [utils.bitcast(r, i32) for r in p.registers.flat]
-        factors = [vector.extract(r, [], [0]) for r in rescale.registers.flat]
-        sums = [[] for _ in range(dim // 8)]
+        words = [_transposed(word) for word in words] if turned else words
+        factors = rescale.registers.flat
+        sums = [[] for _ in range(dim // (16 if turned else 8))]
         for i, r in enumerate(out.registers.flat):
-            found = [vector.extract(r, [], [j]) for j in range(2)]
-            if not (folded and i % 2):
-                found = [arith.mulf(x, factors[i % 2]) for x in found]
-            sums[i // 2] += found
+            for j in range(2):
+                factor = vector.extract(factors[i % 2], [], [j if turned else 0])
+                sums[i // 2].append(arith.mulf(vector.extract(r, [], [j]), factor))
         masks = _masks(begin, end, storage)
         rows = [
             _ValueScales(scales[0], block, mask, storage)
@@ -112,6 +119,7 @@ def add_values(
         per_word = 16 // storage.bits
         for first in range(0, storage.row_bytes // 16, tile.chunks):
             loaded = tile.load(first, transposed=True)
+            right = {}  # by groups of eight channels: words of each block of tokens
             for c in range(tile.chunks):
                 blocks = []
                 for block, word in enumerate(loaded[c :: tile.chunks]):
@@ -123,32 +131,38 @@ def add_values(
                     word = arith.andi(word, masks[block])
                     blocks.append(_decode(_permute(word) if storage.bits == 8 else word, storage))
                 for j in range(per_word):
-                    at = per_word * (first + c) + j
-                    for step in range(n // 16):
-                        right = [blocks[2 * step][j], blocks[2 * step + 1][j]]
+                    right[per_word * (first + c) + j] = [found[j] for found in blocks]
+            for at in sorted(right)[:: 1 + turned]:
+                for step in range(n // 16):
+                    pair = slice(2 * step, 2 * step + 2)
+                    if turned:
+                        left = [
+                            x for both in zip(right[at][pair], right[at + 1][pair]) for x in both
+                        ]
+                        sums[at // 2] = mma(storage.operand, left, words[pair], sums[at // 2])
+                    else:
                         left = words[4 * step : 4 * step + 4]
-                        if folded:
-                            left = _eight_rows(words[2 * step : 2 * step + 2])
-                        sums[at] = mma(storage.operand, left, right, sums[at])
-        return reg.array(pairs(sums), dim)
+                        sums[at] = mma(storage.operand, left, right[at][pair], sums[at])
+        return reg.array(pairs(sums), columns)
 
     def reference(p, value, out, rescale, begin, end, *scales):
         token = jnp.arange(storage.tile)
         seen = (token >= begin) & (token < end)
         v = jnp.where(seen[:, None], _values(value, storage, *scales), 0)[:, storage.value_order()]
         p = p.astype(jnp.float32)
-        p = (reg.unfold(p) if folded else p).reshape(reg.WARPS, reg.ROWS, n)
-        if folded:
-            rescale = jnp.where(jnp.arange(64) % reg.ROWS < 8, rescale, 1)
+        p = (reg.turn_back(p) if turned else p).reshape(reg.WARPS, reg.ROWS, n)
         part = jnp.einsum("wrn,wnd->wrd", p, v.reshape(reg.WARPS, n, dim), precision="highest")
+        if turned:
+            return out * jnp.tile(rescale, (1, dim // 16)) + reg.turn(part.reshape(64, dim))
         return out * rescale[:, None] + part.reshape(64, dim)
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     arrays = (p, value, out, rescale, begin, end, *([] if scales is None else [scales]))
     registers, scalar = plgpu.Layout.WGMMA, reg.SCALAR
-    kinds = (registers, reg.tiled(storage), registers, registers.reduce(1), scalar, scalar)
+    factors = registers if turned else registers.reduce(1)
+    kinds = (registers, reg.tiled(storage), registers, factors, scalar, scalar)
     kinds += (None,) * len(arrays[6:])
-    return reg.inline(product, kinds, (64, dim), jnp.float32)(*arrays)
+    return reg.inline(product, kinds, (64, columns), jnp.float32)(*arrays)
 
 
 def _values(stored: Array, storage: reg.Storage, *scales: Array) -> Array:
@@ -320,10 +334,14 @@ def _decode(word: ir.Value, storage: reg.Storage, scale: ir.Value | None = None)
     ]
 
 
-def _eight_rows(words: list[ir.Value]) -> list[ir.Value]:
-    """An operand of 16 rows, of which the second eight are zeros."""
-    zero = reg.i32(0)
-    return [words[0], zero, words[1], zero]
+def _transposed(word: ir.Value) -> ir.Value:
+    """Of a warp's 8x8 matrix of 16-bit numbers, a row's two neighbours to a thread."""
+    return utils.inline_ptx(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
+        word,
+        result_types=ir.IntegerType.get_signless(32),
+        convergent=True,
+    )
 
 
 def _select(first: ir.Value, second: ir.Value, selector: ir.Value) -> ir.Value:

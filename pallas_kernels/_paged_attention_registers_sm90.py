@@ -6,9 +6,11 @@ memory once, become float16 in registers (exactly) and never go back. The four w
 different tokens of a tile without waiting for each other.
 
 An array is [64, columns] in ``Layout.WGMMA``: rows 16w .. 16w+15 are the 16 queries as warp w sees them. Its
-columns are tokens of that warp, or channels. Where at most eight queries are real, arrays of tokens are folded: a
-warp's rows 0-7 have the even blocks of eight tokens and its rows 8-15 the odd ones, of the same eight queries, in half
-as many columns.
+columns are tokens of that warp, or channels.
+
+Where at most eight queries are real, the products are turned: tokens, and channels of the result, are the rows of the
+tensor instructions, and the queries their eight columns. Of each 16 tokens a warp's array then has 16 rows of eight
+columns: [64, tokens / 2], element (16w + i, 8c + j) for token 16c + i and query j. Channels likewise.
 
 Narrow channels need no shuffles if both operands agree on another order of the channels: `Storage.key_order` and
 `Storage.value_order`.
@@ -128,18 +130,17 @@ class Storage:
         )
 
 
-def fold(values: Array) -> Array:
-    """[64, n / 2], folded, from the first eight rows of each warp's [16, n]."""
+def turn(values: Array) -> Array:
+    """[64, n / 2], turned, from the first eight rows of each warp's [16, n]."""
     n = values.shape[1]
-    blocks = values.reshape(WARPS, 2, 8, n // 16, 2, 8)[:, 0]
-    return blocks.transpose(0, 3, 1, 2, 4).reshape(64, n // 2)
+    blocks = values.reshape(WARPS, ROWS, n // 16, 16)[:, :8]
+    return blocks.transpose(0, 3, 2, 1).reshape(64, n // 2)
 
 
-def unfold(values: Array) -> Array:
-    """[64, n] from folded ones, zeros in rows 8-15 of each warp."""
+def turn_back(values: Array) -> Array:
+    """[64, n] from turned ones, zeros in rows 8-15 of each warp."""
     half = values.shape[1]
-    blocks = values.reshape(WARPS, 2, 8, half // 8, 8).transpose(0, 2, 3, 1, 4)
-    rows = blocks.reshape(WARPS, 8, 2 * half)
+    rows = values.reshape(WARPS, 16, half // 8, 8).transpose(0, 3, 2, 1).reshape(WARPS, 8, 2 * half)
     return jnp.concatenate([rows, jnp.zeros_like(rows)], axis=1).reshape(64, 2 * half)
 
 

@@ -101,9 +101,14 @@ class _Plan:
         return self.group * self.queries
 
     @property
-    def folded(self) -> bool:
-        """Whether eight of a warp's rows are enough (`_paged_attention_registers_sm90`)."""
+    def turned(self) -> bool:
+        """Whether the products are (`_paged_attention_registers_sm90`)."""
         return self.rows <= 8
+
+    @property
+    def stat_columns(self) -> tuple[int, ...]:
+        """What a query has is in each of a warp's rows, or turned, in each of eight columns."""
+        return (8,) if self.turned else ()
 
     @property
     def warpgroups(self) -> int:
@@ -263,7 +268,8 @@ def paged_decode_attention(
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, splits, merged, dim), out_dtype),
             jax.ShapeDtypeStruct(
-                (batch, kv_heads, splits, merged // plan.merged_rows, 64), jnp.float32
+                (batch, kv_heads, splits, merged // plan.merged_rows, 64, *plan.stat_columns),
+                jnp.float32,
             ),
         ),
         grid=(splits, kv_heads * plan.row_blocks, batch),
@@ -277,6 +283,7 @@ def paged_decode_attention(
     if splits == 1:
         out = out[:, :, 0]
     else:
+        log_sums = log_sums.reshape(*log_sums.shape[:4], -1)
         out = combine(out, log_sums, sinks, group=plan.group, out_dtype=query.dtype)
     out = out[:, :, : plan.rows].reshape(batch, kv_heads, steps, plan.group, dim)
     return jnp.moveaxis(out, 1, 2).reshape(shape)
@@ -350,10 +357,11 @@ def _scratch(plan: _Plan) -> dict:
     if storage.bits == 4:
         rows = storage.tile * storage.dim // (128 * reg.SCALE_BLOCK)
         scales["block_scales"] = plgpu.SMEM((plan.stages, 2, rows, 128), jnp.float8_e4m3fn)
+    stats = (plan.warpgroups, 128, *plan.stat_columns)
     return scales | dict(
         ring=plgpu.SMEM(shape, dtype, transforms=storage.transforms),
-        tops=plgpu.SMEM((plan.warpgroups, 128), jnp.float32),
-        sums=plgpu.SMEM((plan.warpgroups, 128), jnp.float32),
+        tops=plgpu.SMEM(stats, jnp.float32),
+        sums=plgpu.SMEM(stats, jnp.float32),
         keys_full=full,
         values_full=full,
         empty=plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
@@ -443,20 +451,23 @@ def _kernel(
         if static_scale:
             return ()
         where = (numbers, head, begin + lax.min(i, lax.max(count - 1, 0)))
-        return tuple(loads.load_scales(s, *where, **options) for s in (k_scale_gmem, v_scale_gmem))
+        return tuple(
+            loads.load_scales(s, *where, **options, turned=plan.turned)
+            for s in (k_scale_gmem, v_scale_gmem)
+        )
 
     def of_tokens(scale):
-        shape = dict(storage=storage, per_token=per_token, folded=plan.folded)
+        shape = dict(storage=storage, per_token=per_token, turned=plan.turned)
         return loads.spread_scales(scale, **shape)
 
     def seen_scales(scale, tile):
         """Zero for tokens, or their blocks of eight, that no query sees: their scales may be NaN."""
-        if per_token:
-            first, width = loads.tokens(scale.shape, storage=storage, folded=True), 1
-        else:
-            first, width = loads.block_tokens(scale.shape, storage=storage), 8
+        first = loads.scaled_tokens(
+            scale.shape, storage=storage, per_token=per_token, turned=plan.turned
+        )
         first = first + tile * tile_tokens
-        return jnp.where((first + width > start) & (first < length), scale, 0.0)
+        end = first + (1 if per_token else 8)
+        return jnp.where((end > start) & (first < length), scale, 0.0)
 
     for i in range(plan.stages):
 
@@ -478,7 +489,7 @@ def _kernel(
             block,
             repeat=plan.group,
             count=plan.rows,
-            folded=plan.folded,
+            turned=plan.turned,
         )
     # Base 2; or what the exponential that makes a tanh takes, good to 2^-22 where tanh's approximation is to 2^-11.
     logit_scale = (
@@ -490,8 +501,16 @@ def _kernel(
     def scales_at(slot, part):
         return () if block_scales is None else (block_scales.at[slot, part],)
 
+    # What queries have is [64], a number for each row; or turned, [64, 8], one for each column.
+    stat_layout = layout if plan.turned else row_layout
+
     def spread(vector, shape):
+        if plan.turned:
+            return loads.repeat(vector, shape[1])
         return lax.broadcast_in_dim(vector, shape, [0])
+
+    def of_queries(alike):
+        return alike if plan.turned else jnp.max(alike, axis=1)
 
     def attend(i, carry):
         total, top, largest, out, numbers, scale_numbers, token_scale = carry
@@ -499,7 +518,7 @@ def _kernel(
         tile = begin + i
         plgpu.barrier_wait(keys_full.at[slot])
         s = mma.logits(
-            query, ring.at[slot, 0], *scales_at(slot, 0), storage=storage, folded=plan.folded
+            query, ring.at[slot, 0], *scales_at(slot, 0), storage=storage, turned=plan.turned
         )
         if static_scale:
             s = s * logit_scale
@@ -507,7 +526,7 @@ def _kernel(
             s = s * of_tokens(token_scale[0] * logit_scale)
         if plan.soft_cap is not None:
             s = (1 - 2 / (jnp.exp2(s) + 1)) * (plan.soft_cap * to_log2)
-        token = loads.tokens(s.shape, storage=storage, folded=plan.folded)
+        token = loads.tokens(s.shape, storage=storage, turned=plan.turned)
         ends = row_end - tile * tile_tokens
         end = lax.min(length - tile * tile_tokens, ends) if plan.queries == 1 else None
         if end is not None:
@@ -518,19 +537,21 @@ def _kernel(
         if plan.window is not None:
             visible = visible & (token >= ends - plan.window)
         s = jnp.where(visible, s, MASKED)
-        best = jnp.max(s, axis=1)
-        new_top = jnp.maximum(top, loads.over_halves(best, True) if plan.folded else best)
+        best = loads.over_tokens(s, largest=True) if plan.turned else jnp.max(s, axis=1)
+        new_top = jnp.maximum(top, best)
         rescale = jnp.exp2(top - new_top)
         p = jnp.exp2(s - spread(new_top, s.shape))
-        total = total * rescale + jnp.sum(p, axis=1)
+        if plan.turned:
+            total = total * rescale + loads.over_tokens(p, largest=False, lanes=False)
+        else:
+            total = total * rescale + jnp.sum(p, axis=1)
         if not static_scale:
             # Values' scales may be as small as float32: relative to the largest, their products with p fit.
             value_scale = seen_scales(token_scale[1], tile)
-            new_largest = jnp.maximum(
-                largest, loads.over_halves(jnp.max(value_scale, axis=1), True)
-            )
-            p = p * of_tokens(value_scale / spread(new_largest, value_scale.shape))
-            rescale = rescale * (largest / new_largest)
+            new_largest = loads.largest_scale(value_scale, lanes=per_token)
+            new_largest = jnp.maximum(largest, new_largest)
+            p = p * of_tokens(value_scale / loads.repeat(new_largest, value_scale.shape[1]))
+            rescale = rescale * of_queries(largest / new_largest)
             largest = new_largest
         following = scales(i + 1, scale_numbers)
         scale_numbers = scale_pages(i + 2)
@@ -544,7 +565,7 @@ def _kernel(
             length - tile * tile_tokens,
             *scales_at(slot, 1),
             storage=storage,
-            folded=plan.folded,
+            turned=plan.turned,
         )
         refill = i + plan.stages < count
         if plan.warpgroups == 2:
@@ -563,22 +584,23 @@ def _kernel(
         numbers = pages(i + 1 + plan.stages)
         return total, new_top, largest, out, numbers, scale_numbers, following
 
-    def rows_of(value):
-        return plgpu.layout_cast(jnp.full((64,), value, jnp.float32), row_layout)
+    def full(shape, value, layout):
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
+    stats = (64, *plan.stat_columns)
     carry = (
-        rows_of(0.0),
-        rows_of(LOWEST),
-        rows_of(float(jnp.finfo(jnp.float32).tiny)),
-        plgpu.layout_cast(jnp.zeros((64, storage.dim), jnp.float32), layout),
+        full(stats, 0.0, stat_layout),
+        full(stats, LOWEST, stat_layout),
+        full((64, 8), float(jnp.finfo(jnp.float32).tiny), layout),
+        full((64, storage.dim // 2 if plan.turned else storage.dim), 0.0, layout),
         pages(plan.stages),
         scale_pages(1),
         scales(0, scale_pages(0)),
     )
     total, top, largest, out, *unused = lax.fori_loop(0, count, attend, carry)
     del unused
-    if plan.folded:
-        total = loads.over_halves(total, False)
+    if plan.turned:
+        total = loads.over_tokens(total, largest=False)
     if plan.warpgroups == 2:
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
@@ -591,7 +613,7 @@ def _kernel(
 
     def others(ref):
         return [
-            plgpu.load(ref.at[wg, pl.ds(reg.ROWS * w, 64)], layout=row_layout)
+            plgpu.load(ref.at[wg, pl.ds(reg.ROWS * w, 64)], layout=stat_layout)
             for w in range(reg.WARPS)
         ]
 
@@ -600,7 +622,12 @@ def _kernel(
     sink = None
     if plan.splits == 1 and plan.sinks:
         sink = loads.row_values(
-            sinks_gmem, head * plan.group, block, repeat=-plan.group, count=plan.rows
+            sinks_gmem,
+            head * plan.group,
+            block,
+            repeat=-plan.group,
+            count=plan.rows,
+            turned=plan.turned,
         )
         sink = sink * to_log2
         common = jnp.maximum(common, sink)
@@ -610,11 +637,16 @@ def _kernel(
     # The largest logit's own weight is one, so only rows that see nothing are below.
     whole = jnp.maximum(whole, 1.0)
     weight = jnp.exp2(top - common) / whole
-    weight = weight * ((v_scale_gmem[head] if static_scale else largest) * storage.unit)
+    weight = weight * ((v_scale_gmem[head] if static_scale else of_queries(largest)) * storage.unit)
     if plan.splits > 1:
         log_sum_gmem.at[sequence, head, split, block][...] = common + jnp.log2(whole)
     out = loads.merge(
-        out * spread(weight, out.shape), ring.at[0, 0], wg, rows=plan.merged_rows, storage=storage
+        out * spread(weight, out.shape),
+        ring.at[0, 0],
+        wg,
+        rows=plan.merged_rows,
+        storage=storage,
+        turned=plan.turned,
     )
     target = out_gmem.at[sequence, head, split, pl.ds(block * plan.merged_rows, plan.merged_rows)]
     target[...] = out.astype(out_gmem.dtype)

@@ -230,6 +230,13 @@ class Emulator:
                 rows = rows.swapaxes(2, 3)
             pairs = np.ascontiguousarray(rows).view(np.int32)  # warp, matrix, 8, 4
             return [pairs[WARP, m, GROUP, MEMBER] for m in range(4)]
+        if text.startswith("movmatrix"):
+            rows = np.zeros((4, 8, 8), np.uint16)  # warp, row, column
+            for j in range(2):
+                halves = np.ascontiguousarray(x[0])[:, None].view(np.uint16)
+                rows[WARP, GROUP, 2 * MEMBER + j] = halves[:, j]
+            rows = np.ascontiguousarray(rows.swapaxes(1, 2)).view(np.int32)
+            return rows[WARP, GROUP, MEMBER]
         if text.startswith("mma"):
             return self.mma(BF16 if ".bf16." in text else F16, x)
         if text.startswith("cvt.rn.f16x2.f32"):

@@ -42,20 +42,24 @@ def tile_of(rng, storage: Storage):
     return values.astype(jnp.dtype(storage.dtype)), ()
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.dtype}-{s.dim}")
-def test_products(emulated, storage, folded):
+def test_products(emulated, storage, turned):
     rng = np.random.default_rng(storage.dim)
     operand = jnp.dtype(storage.operand)
     tile, scales = tile_of(rng, storage)
     emulated.images[id(tile)] = swizzled(tile, storage.swizzle)
     query = jnp.asarray(rng.standard_normal((64, storage.dim), np.float32).astype(operand))
-    mma.logits(query, tile, *scales, storage=storage, folded=folded)
-    p = rng.uniform(0, 1, (64, storage.tokens // (1 + folded)))
-    p, rescale = jnp.asarray(p.astype(operand)), jnp.asarray(rng.uniform(0, 1, 64), jnp.float32)
-    out = jnp.asarray(rng.standard_normal((64, storage.dim), np.float32))
+    mma.logits(query, tile, *scales, storage=storage, turned=turned)
+    p = rng.uniform(0, 1, (64, storage.tokens // (1 + turned)))
+    p, rescale = jnp.asarray(p.astype(operand)), rng.uniform(0, 1, 64).astype(np.float32)
+    if turned:  # a warp's rows are alike
+        rescale = np.repeat(rescale[:32].reshape(4, 1, 8), 16, axis=1).reshape(64, 8)
+    rescale = jnp.asarray(rescale)
+    out = rng.standard_normal((64, storage.dim // (1 + turned)), np.float32)
+    out = jnp.asarray(out)
     for begin, end in ((-5, 1000), (3, storage.tile - 9)):
-        mma.add_values(p, tile, out, rescale, begin, end, *scales, storage=storage, folded=folded)
+        mma.add_values(p, tile, out, rescale, begin, end, *scales, storage=storage, turned=turned)
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.dtype}-{s.dim}")
@@ -69,6 +73,9 @@ def test_queries_and_merged_parts(emulated, storage):
     for count in (1, 4, 8, 9, 16):
         rows = loads.merge_rows(count, storage.dim)
         loads.merge(out, tile, 1, rows=rows, storage=storage)
+        if count <= 8:
+            half = out[:, : storage.dim // 2]
+            loads.merge(half, tile, 1, rows=rows, storage=storage, turned=True)
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 32, 128])
@@ -82,20 +89,26 @@ def test_scales(emulated, dtype, page_size):
         scales = rng.uniform(0.1, 1, shape).astype(np.float32)
         for tile, last_page in ((0, 39), (1, 39), (1, 5)):
             pages = loads.token_pages(table, 1, tile, last_page, **options)
-            found = loads.load_scales(scales, pages, 2, tile, **options)
-            for folded in (False, True):
-                loads.spread_scales(
-                    found, storage=storage, per_token=len(shape) == 3, folded=folded
-                )
+            for turned in (False, True):
+                found = loads.load_scales(scales, pages, 2, tile, **options, turned=turned)
+                kinds = dict(storage=storage, per_token=len(shape) == 3, turned=turned)
+                loads.spread_scales(found, **kinds)
+                loads.largest_scale(found, lanes=len(shape) == 3)
 
 
 def test_row_values(emulated):
     values = np.arange(40, dtype=np.float32)
     loads.row_values(values, 8, 1, repeat=-4, count=30)
     loads.row_values(values.astype(np.int32).reshape(5, 8), 8, 1, repeat=4, count=30)
-    loads.row_values(values, 0, 0, repeat=2, count=7, folded=True)
+    loads.row_values(values, 0, 0, repeat=2, count=7, turned=True)
+
+
+def test_statistics(emulated):
+    values = jnp.asarray(np.random.default_rng(0).standard_normal((64, 16), np.float32))
     for largest in (True, False):
-        loads.over_halves(jnp.sin(jnp.arange(64.0)), largest)
+        loads.over_tokens(values, largest=largest)
+        loads.over_tokens(values, largest=largest, lanes=False)
+    loads.repeat(values[:, :8], 32)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
