@@ -11,7 +11,6 @@ operand alive until its wgmma has read it.
 """
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 from jax import Array
@@ -23,17 +22,17 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
 _ROWS = 64  # of one wgmma
-_DEPTH_BYTES = 32  # of a row of an operand that one wgmma takes
+_DEPTH = 16  # of one wgmma of 16-bit operands
 _TURNS = 8  # the first of two named barriers; lower ones are Mosaic GPU's
-_PTX_TYPES = {"f8E4M3FN": "e4m3", "f8E5M2": "e5m2"}
+_PTX_TYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 
-def logits(queries: Sequence, key, *, swizzle: int) -> Array:
-    """The sum of query @ key.T over the queries' parts, in float32.
+def logits(query, key, *, swizzle: int) -> Array:
+    """query @ key.T in float32.
 
     Args:
-        queries: Shared memory, each [64, H] of 16 or 8 bits, tiled (8, columns of `swizzle` bytes) and swizzled.
-        key: Shared memory [S, H], likewise of as many bits; S a multiple of 16 up to 256.
+        query: Shared memory [64, H], bfloat16 or float16, tiled (8, swizzle / 2) and swizzled.
+        key: Shared memory [S, H], likewise; S a multiple of 16 up to 256.
         swizzle: Bytes: 32, 64 or 128.
 
     Returns:
@@ -41,55 +40,46 @@ def logits(queries: Sequence, key, *, swizzle: int) -> Array:
     """
     emit = functools.partial(_emit, swizzle=swizzle)
 
-    def product(ctx, key, *queries):
+    def product(ctx, query, key):
         del ctx
-        return emit(queries=queries, key=key)
+        return emit(query=query, key=key)
 
     product.interpret_impl = _product  # pyright: ignore[reportFunctionMemberAccess]
-    refs = tuple(_tiled(x.dtype, swizzle) for x in (key, *queries))
-    return plgpu.inline_mgpu(arg_types=refs, return_type=_sums(key.shape[0]))(product)(
-        key, *queries
+    ref = _tiled(query.dtype, swizzle)
+    return plgpu.inline_mgpu(arg_types=(ref, ref), return_type=_sums(key.shape[0]))(product)(
+        query, key
     )
 
 
 def logits_and_values(
-    queries: Sequence,
-    key,
-    p: Array,
-    value,
-    out: Array,
-    *,
-    swizzle: int,
-    value_swizzle: int,
-    pending: int = 0,
+    query, key, p: Array, value, out: Array, *, swizzle: int, pending: int = 0
 ) -> tuple[Array, Array]:
     """`logits` of one tile and ``out + p @ value`` of the tile before it, in one turn.
 
     Args:
-        queries: As in `logits`.
+        query: As in `logits`.
         key: As in `logits`.
-        p: [64, S] in ``Layout.WGMMA``, of the values' dtype.
-        value: Shared memory [S, Hv] of 16 bits, tiled and swizzled; Hv a multiple of value_swizzle / 2 up to 256.
+        p: [64, S] in ``Layout.WGMMA``, of the query's dtype.
+        value: Shared memory [S, Hv], tiled and swizzled like `key`; Hv a multiple of swizzle / 2 up to 256.
         out: float32 [64, Hv] in ``Layout.WGMMA``.
-        swizzle: Of queries and keys, bytes: 32, 64 or 128.
-        value_swizzle: Likewise of values.
+        swizzle: Bytes: 32, 64 or 128.
         pending: 1 returns as soon as the logits are there; the output is not before `settle`.
     """
-    emit = functools.partial(_emit, swizzle=swizzle, value_swizzle=value_swizzle, pending=pending)
+    emit = functools.partial(_emit, swizzle=swizzle, pending=pending)
 
-    def product(ctx, p, value, out, key, *queries):
+    def product(ctx, query, key, p, value, out):
         del ctx
-        return emit(queries=queries, key=key, p=p, value=value, out=out)
+        return emit(query=query, key=key, p=p, value=value, out=out)
 
-    def reference(p, value, out, key, *queries):
-        return _product(key, *queries), _accumulate(p, value, out)
+    def reference(query, key, p, value, out):
+        return _product(query, key), _accumulate(p, value, out)
 
     product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
-    registers, refs = plgpu.Layout.WGMMA, (_tiled(x.dtype, swizzle) for x in (key, *queries))
+    ref, registers = _tiled(query.dtype, swizzle), plgpu.Layout.WGMMA
     return plgpu.inline_mgpu(
-        arg_types=(registers, _tiled(value.dtype, value_swizzle), registers, *refs),
+        arg_types=(ref, ref, registers, ref, registers),
         return_type=(_sums(key.shape[0]), _sums(value.shape[1])),
-    )(product)(p, value, out, key, *queries)
+    )(product)(query, key, p, value, out)
 
 
 def settle(out: Array, p: Array, following: Array) -> Array:
@@ -129,7 +119,7 @@ def settle(out: Array, p: Array, following: Array) -> Array:
 
 def values(p: Array, value, out: Array, *, swizzle: int) -> Array:
     """out + p @ value, arguments as in `logits_and_values`."""
-    emit = functools.partial(_emit, value_swizzle=swizzle)
+    emit = functools.partial(_emit, swizzle=swizzle)
 
     def product(ctx, p, value, out):
         del ctx
@@ -154,9 +144,8 @@ def offer_first_turn() -> None:
     plgpu.inline_mgpu()(arrive)()
 
 
-def _product(key: Array, *queries: Array) -> Array:
-    query = sum(x.astype(jnp.float32) for x in queries)
-    return jnp.matmul(query, key.astype(jnp.float32).T, precision="highest")
+def _product(query: Array, key: Array) -> Array:
+    return jnp.matmul(query.astype(jnp.float32), key.astype(jnp.float32).T, precision="highest")
 
 
 def _accumulate(p: Array, value: Array, out: Array) -> Array:
@@ -172,17 +161,7 @@ def _tiled(dtype, swizzle: int) -> plgpu.RefType:
     return plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
-def _emit(
-    *,
-    queries=(),
-    key=None,
-    p=None,
-    value=None,
-    out=None,
-    swizzle: int = 0,
-    value_swizzle: int = 0,
-    pending: int = 0,
-):
+def _emit(*, query=None, key=None, p=None, value=None, out=None, swizzle: int, pending: int = 0):
     """Takes the turn, issues what products there are arguments for, hands the turn over and waits."""
     outputs, inputs, tied, body = [], [], [], []
     columns = 0
@@ -198,28 +177,22 @@ def _emit(
         )
 
     if key is not None:
-        (columns, width), dtype = mma_utils.tiled_memref_shape(key)
-        depth = _depth(key)
+        (columns, depth), dtype = mma_utils.tiled_memref_shape(key)
+        q_base, q_offset = _descriptor(query, swizzle, _ROWS, "left")
         k_base, k_offset = _descriptor(key, swizzle, columns, "right")
-        k_base = operand(k_base)
+        q_base, k_base = operand(q_base), operand(k_base)
         sums = "{" + ",".join(f"${i}" for i in range(columns // 2)) + "}"
         outputs += [None] * (columns // 2)
-        for query in queries:
-            _, q_dtype = mma_utils.tiled_memref_shape(query)
-            q_base, q_offset = _descriptor(query, swizzle, _ROWS, "left")
-            q_base = operand(q_base)
-            for i in range(width // depth):
-                body.append(f"add.s64 l, {q_base}, {mma_utils.encode_addr(q_offset(i))};")
-                kind = f"m64n{columns}k{depth}.f32.{_ptx_type(q_dtype)}.{_ptx_type(dtype)}"
-                # Operands of 16 bits may be transposed.
-                flags = "1, 1, 0, 0" if depth == 16 else "1, 1"
-                issue("l", kind, k_base, k_offset(i), sums, "add", flags)
-                if i == 0:
-                    body.append("setp.ne.b32 add, 1, 0;")
+        for i in range(depth // _DEPTH):
+            body.append(f"add.s64 l, {q_base}, {mma_utils.encode_addr(q_offset(i))};")
+            kind = f"m64n{columns}k16.f32.{dtype}.{dtype}"
+            issue("l", kind, k_base, k_offset(i), sums, "add", "1, 1, 0, 0")
+            if i == 0:
+                body.append("setp.ne.b32 add, 1, 0;")
         body.append("wgmma.commit_group.sync.aligned;")
     if value is not None:
-        (rows, width), dtype = mma_utils.tiled_memref_shape(value)
-        v_base, v_offset = _descriptor(value, value_swizzle, width, "transposed")
+        (depth, width), dtype = mma_utils.tiled_memref_shape(value)
+        v_base, v_offset = _descriptor(value, swizzle, width, "transposed")
         v_base = operand(v_base)
         first = len(outputs)
         sums = "{" + ",".join(f"${first + i}" for i in range(width // 2)) + "}"
@@ -227,7 +200,7 @@ def _emit(
         tied = [_scalar(r) for r in out.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat]
         words = [operand(word) for word in _words(p)]
         kind = f"m64n{width}k16.f32.{dtype}.{dtype}"
-        for i in range(rows // 16):
+        for i in range(depth // _DEPTH):
             left = "{" + ",".join(words[4 * i : 4 * i + 4]) + "}"
             issue(left, kind, v_base, v_offset(i), sums, "yes", "1, 1, 1")
         body.append("wgmma.commit_group.sync.aligned;")
@@ -276,12 +249,11 @@ def _array(registers: list[ir.Value]) -> fa.FragmentedArray:
 
 
 def _descriptor(ref, swizzle: int, size: int, role: str):
-    """A tiled operand's matrix descriptor, and the byte offset of the slice of it that the i-th wgmma takes.
+    """A tiled operand's matrix descriptor, and the byte offset of its i-th slice of depth 16.
 
     `size` is its rows (left), or the columns of the product (right, transposed).
     """
-    depth = _depth(ref)
-    group = swizzle // _DEPTH_BYTES * depth  # depth that a swizzled row of a K-major operand holds
+    group = swizzle // 2  # depth that one swizzled row of a K-major operand holds
     if role == "left":
         sizes = dict(large_tile=(size, group), group_size=(size, group), logical_k_major=False)
     else:
@@ -292,7 +264,7 @@ def _descriptor(ref, swizzle: int, size: int, role: str):
         ref, swizzle=swizzle, **sizes
     )
     assert (fastest == mma_utils.Dim.K) == (role != "transposed")
-    per_group = group // depth
+    per_group = group // _DEPTH
 
     def offset(i: int) -> int:
         return i // per_group * stride + i % per_group * strides[0]
@@ -300,19 +272,10 @@ def _descriptor(ref, swizzle: int, size: int, role: str):
     return base, offset
 
 
-def _depth(ref) -> int:
-    """Of one wgmma."""
-    return 8 * _DEPTH_BYTES // utils.bitwidth(ir.MemRefType(ref.type).element_type)
-
-
-def _ptx_type(dtype: ir.Type) -> str:
-    return _PTX_TYPES.get(str(dtype), str(dtype))
-
-
 def _words(p: fa.FragmentedArray) -> list[ir.Value]:
     """Pairs of 16-bit values, four for each slice of depth 16."""
     i32 = ir.IntegerType.get_signless(32)
-    slices = [p[:, i : i + 16] for i in range(0, p.shape[1], 16)]
+    slices = [p[:, i : i + _DEPTH] for i in range(0, p.shape[1], _DEPTH)]
     return [utils.bitcast(r, i32) for part in slices for r in part.registers.flat]
 
 

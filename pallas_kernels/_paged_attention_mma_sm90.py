@@ -50,7 +50,11 @@ def logits(query: Array, key, scales=None, *, storage: reg.Storage, turned: bool
                 for i in range(len(sums)):
                     if turned:
                         operands = (
-                            [x for pair in zip(*right[2 * i : 2 * i + 2]) for x in pair],
+                            [
+                                x
+                                for pair in zip(*right[2 * i : 2 * i + 2], strict=True)
+                                for x in pair
+                            ],
                             left[::2],
                         )
                     else:
@@ -137,7 +141,9 @@ def add_values(
                     pair = slice(2 * step, 2 * step + 2)
                     if turned:
                         left = [
-                            x for both in zip(right[at][pair], right[at + 1][pair]) for x in both
+                            x
+                            for both in zip(right[at][pair], right[at + 1][pair], strict=True)
+                            for x in both
                         ]
                         sums[at // 2] = mma(storage.operand, left, words[pair], sums[at // 2])
                     else:

@@ -60,7 +60,6 @@ class Plan:
     soft_cap: float | None
     sinks: bool
     narrow: str | None  # dtype of 8- and 4-bit pages
-    split: bool  # queries are two e4m3 parts, which multiply 8-bit keys as they are stored
     token_scales: bool  # pages or tokens have scales of their own
     ctas: int
 
@@ -75,71 +74,48 @@ class Plan:
         return self.pieces * (2 if self.narrow == FP4 else 1)
 
     @property
-    def swizzle(self) -> int:
-        """Of tiles of 16 bits."""
-        return 128 if self.dim % 64 == 0 and self.value_dim % 64 == 0 else 64
-
-    @property
-    def key_swizzle(self) -> int:
-        """Of the tiles of keys, and of queries."""
-        return (
-            Storage(self.narrow, self.dim).swizzle if self.split and self.narrow else self.swizzle
-        )
-
-    @property
-    def key_stages(self) -> int:
-        """Tiles of keys in flight: as many as values' but where only those need the time to be widened."""
-        return 2 if self.split else self.tile.stages
-
-    @property
     def producers(self) -> int:
-        """Warpgroups: one for keys and values, or one for each, which widen them, where registers suffice."""
-        return 2 if self.narrow and self.value_dim <= 128 else 1
+        """Warpgroups: one for keys and values, or one for each of FP4's, which take the longest to widen."""
+        return 2 if self.narrow == FP4 else 1
 
     @property
-    def registers(self) -> tuple[int, ...]:
-        """Of a thread of a math warpgroup, and of each producer.
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of a producer, and of a math warpgroup.
 
-        Together no more than the CTA starts with, three times 168 or four times 128: the math warpgroups would wait
+        Together no more than the CTA starts with, four times 128 or three times 168: the math warpgroups would wait
         for the rest for ever.
         """
         if self.producers == 2:
-            return (216, 24, 56) if self.split else (208, 48, 48)
-        return (216, 72) if self.narrow else (232, 40)
+            return 48, 208
+        return (72, 216) if self.narrow else (40, 232)
+
+    @property
+    def swizzle(self) -> int:
+        return 128 if self.dim % 64 == 0 and self.value_dim % 64 == 0 else 64
 
 
 def scratch(plan: Plan, dtype, out_dtype) -> dict:
-    """Shared memory and barriers of the kernel; `dtype` is what the tensor cores multiply, of 16 bits."""
+    """Shared memory and barriers of the kernel; `dtype` is what the tensor cores multiply."""
     tile, swizzle = plan.tile, plan.swizzle
     tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    q_dtype, q_tiled = dtype, tiled
-    if plan.split and plan.narrow:
-        q_dtype, q_tiled = "float8_e4m3fn", Storage(plan.narrow, plan.dim).transforms
-    queries = plgpu.SMEM((WARPGROUPS, ROWS, plan.dim), q_dtype, transforms=q_tiled)
+    arrivals = 1 if plan.narrow else plan.pieces
+    full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=tile.stages)
+    empty = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.stages)
+    queries = plgpu.SMEM((WARPGROUPS, ROWS, plan.dim), dtype, transforms=tiled)
     output = plgpu.SMEM((WARPGROUPS, ROWS, plan.value_dim), out_dtype, transforms=tiled)
-    parts = (queries,) * (1 + plan.split)
     buffers = dict(
-        qo_smem=(*parts, output) if tile.separate_output else parts,
-        q_full=plgpu.Barrier(num_arrivals=len(parts), num_barriers=WARPGROUPS),
+        qo_smem=(queries, output) if tile.separate_output else (queries,),
+        q_full=plgpu.Barrier(num_barriers=WARPGROUPS),
         q_empty=plgpu.Barrier(num_barriers=WARPGROUPS),
     )
-    if plan.split and plan.token_scales:
-        buffers["k_scales"] = plgpu.SMEM((plan.key_stages, THREADS), jnp.float32)
     for name, dim in (("k_", plan.dim), ("v_", plan.value_dim)):
-        stored_keys = plan.split and name == "k_"
-        stages = plan.key_stages if name == "k_" else tile.stages
-        shape, (of, transforms) = (stages, tile.keys, dim), (dtype, tiled)
-        arrivals = 1 if plan.narrow else plan.pieces
-        if stored_keys:
-            of, transforms = plan.narrow, q_tiled
-            arrivals = plan.pieces + plan.token_scales
         buffers |= {
-            name + "smem": plgpu.SMEM(shape, of, transforms=transforms),
-            name + "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            name + "empty": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            name + "smem": plgpu.SMEM((tile.stages, tile.keys, dim), dtype, transforms=tiled),
+            name + "full": full,
+            name + "empty": empty,
             name + "arrived": plgpu.Barrier(num_arrivals=plan.copies),
         }
-        if plan.narrow and not stored_keys:
+        if plan.narrow:
             storage = Storage(plan.narrow, dim)
             stored, columns = storage.stored
             shape = (tile.keys, columns)

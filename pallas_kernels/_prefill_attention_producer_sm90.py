@@ -13,7 +13,7 @@ from qjax.pallas_kernels import _prefill_attention_widen_sm90 as widening
 from qjax.pallas_kernels._paged_attention_registers_sm90 import Storage
 from qjax.pallas_kernels._prefill_attention_plan_sm90 import ROWS, WARPGROUPS, Item, Plan
 
-STREAM_PARTS = ("smem", "narrow", "blocks", "scales", "full", "empty", "arrived")
+STREAM_PARTS = ("smem", "narrow", "blocks", "full", "empty", "arrived")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Stream:
         block_source: Device memory: FP4's block scales, or None.
         pool: Device memory: scales of tokens, or of their pages; None if they are the same for all of a head.
         factors: Device memory: what makes them relative, for each head, or None.
+        alike: Device memory: whether all of a head are one, or None.
         clean: Whether tokens past the sequence's end, which may be NaN, become zeros.
-        tiles: Shared memory: the tiles that are multiplied, one for each stage.
-        narrow: Shared memory: a tile of 8- or 4-bit codes on its way to become a 16-bit one, or None.
+        tiles: Shared memory: 16-bit tiles, one for each stage.
+        narrow: Shared memory: a tile of 8- or 4-bit codes on its way to become one of them, or None.
         blocks: Shared memory: the block scales of that tile, or None.
-        scales: Shared memory: scales of the tokens of tiles that are multiplied as they are stored, or None.
         full: Barriers of the stages' loads.
         empty: Barriers of the stages' reads.
         arrived: Barrier of a tile that the producer changes before the others may see it.
@@ -39,19 +39,14 @@ class Stream:
     block_source: Any
     pool: Any
     factors: Any
+    alike: Any
     clean: bool
     tiles: Any
     narrow: Any
     blocks: Any
-    scales: Any
     full: Any
     empty: Any
     arrived: Any
-
-    @property
-    def stages(self) -> int:
-        """Tiles in flight."""
-        return self.tiles.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +54,14 @@ class Queries:
     """What the producer of keys needs to load queries.
 
     Attributes:
-        sources: Device memory: one array, or the parts whose sum they are.
-        tiles: Shared memory: likewise.
-        full: Barriers of the math warpgroups' loads.
+        source: Device memory.
+        tiles: Shared memory: one for each math warpgroup.
+        full: Barriers of their loads.
         empty: Barriers of their reads.
     """
 
-    sources: Sequence[Any]
-    tiles: Sequence[Any]
+    source: Any
+    tiles: Any
     full: Any
     empty: Any
 
@@ -79,9 +74,9 @@ class Queries:
                 plgpu.barrier_wait(self.empty.at[wg])
                 plgpu.commit_smem()
 
-            where = (item.sequence, pl.ds(item.row + wg * ROWS, ROWS), item.head)
-            for source, target in zip(self.sources, self.tiles, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[where], target.at[wg], self.full.at[wg])
+            part = pl.ds(item.row + wg * ROWS, ROWS)
+            where = (item.sequence, part, item.head)
+            plgpu.copy_gmem_to_smem(self.source.at[where], self.tiles.at[wg], self.full.at[wg])
 
 
 def load_item(
@@ -94,12 +89,12 @@ def load_item(
     queries: Queries | None,
 ):
     """A producer's part of an item; returns the number of tiles of keys loaded so far."""
-    rows, page_size = plan.tile.keys, plan.page_size
+    rows, stages, page_size = plan.tile.keys, plan.tile.stages, plan.page_size
     count = item.last - item.first
 
     def pages(tile):
         """Page numbers of a tile, None for a loop to read them. Those past the table repeat its last; masked."""
-        if page_size is None or plan.pieces > 2:
+        if page_size is None or plan.pieces > (4 if plan.producers == 1 else 2):
             return None
         first, last = lax.div(lax.max(tile, 0) * rows, page_size), table_gmem.shape[1] - 1
         return [table_gmem[item.sequence, lax.min(first + j, last)] for j in range(plan.pieces)]
@@ -156,36 +151,44 @@ def load_item(
             at = lax.min(lax.div(tile * rows, page_size) + j, last)
             copy_page(j, table_gmem[item.sequence, at])
 
-    def load(stream: Stream, j, scale):
+    def load(stream: Stream, alike, j, scale):
         """Tile j from the last."""
         at, tile = done + j, item.last - 1 - j
-        slot = lax.rem(at, stream.stages)
+        slot = lax.rem(at, stages)
         target, full = stream.tiles.at[slot], stream.full.at[slot]
         valid = item.length - tile * rows
 
-        # On their way before their turn.
-        following = pages(tile - 1) if stream.narrow is not None else None
+        following = pages(tile - 1) if plan.narrow else None  # on their way before their turn
 
-        @pl.when(at >= stream.stages)
+        @pl.when(at >= stages)
         def _():
             plgpu.barrier_wait(stream.empty.at[slot])
-            if stream.narrow is None:
+            if not plan.narrow:
                 plgpu.commit_smem()  # orders reads by the math warpgroups before the TMA's writes
+
+        def widen(bound, scale):
+            storage = Storage(plan.narrow, target.shape[1])
+            widening.widen(stream.narrow, target, bound, scale, stream.blocks, storage=storage)
 
         def change():
             """Takes the tile that arrived from where it is to `target`, and tells the others."""
             plgpu.barrier_wait(stream.arrived)
-            if stream.narrow is not None:
-                storage = Storage(plan.narrow, target.shape[1])
-                bound = valid if stream.clean else None
-                widening.widen(stream.narrow, target, bound, scale, stream.blocks, storage=storage)
-            else:
+            if not plan.narrow:
                 _clean(target, plan, valid)
+            elif not stream.clean and scale is None:
+                widen(None, None)
+            else:
+                plain = valid >= rows if stream.clean else True
+                if alike is not None:
+                    plain = plain & (alike > 0)
+                pl.when(plain)(lambda: widen(None, None))
+                bound = valid if stream.clean else None
+                pl.when(jnp.logical_not(plain))(lambda: widen(bound, scale))
             plgpu.commit_smem()
             for _ in range(1 if plan.narrow else plan.pieces):
                 plgpu.barrier_arrive(full)
 
-        if stream.narrow is not None:
+        if plan.narrow:
             change()
 
             @pl.when(j + 1 < count)
@@ -205,18 +208,15 @@ def load_item(
 
         else:
             copy(stream, target, tile, full)
-        if stream.scales is not None:
-            stream.scales.at[slot][...] = scale
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(full)
 
     for stream in streams:
-        if stream.narrow is not None:
+        if plan.narrow:
             copy(stream, stream.narrow, item.last - 1, stream.arrived)
     # The pages of tokens and then their scales, two tiles and one before their turn.
     tile, carry = item.last - 1, []
+    alike = [None if s.alike is None else s.alike[item.kv_head] for s in streams]
     for n, stream in enumerate(streams):
-        load(stream, 0, scale(stream, scale_pages(stream, tile), tile))
+        load(stream, alike[n], 0, scale(stream, scale_pages(stream, tile), tile))
         if n == 0 and queries is not None:
             queries.load(item, i)
         following = scale(stream, scale_pages(stream, tile - 1), tile - 1)
@@ -224,10 +224,10 @@ def load_item(
 
     def step(j, carry):
         tile, following = item.last - 1 - j, []
-        for stream, (now, numbers) in zip(streams, carry, strict=True):
+        for stream, same, (now, numbers) in zip(streams, alike, carry, strict=True):
             coming = scale(stream, numbers, tile - 1)
             following.append((coming, scale_pages(stream, tile - 2)))
-            load(stream, j, now)
+            load(stream, same, j, now)
         return tuple(following)
 
     lax.fori_loop(1, count, step, tuple(carry))

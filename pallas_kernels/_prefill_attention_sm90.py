@@ -19,7 +19,8 @@ issues its products in its turn (`_attention_wgmma_sm90`) and computes its softm
                                               out / sum -> o_smem -> TMA
 
 Away from masks, `out += p v(j-1)` is still under way while `p = softmax(s)` is computed. 8- and 4-bit pages go through
-a buffer of their own, from which the producer widens them to the float16 tiles (`_prefill_attention_widen_sm90`). The
+a buffer of their own, from which the producer widens them to the float16 tiles (`_prefill_attention_widen_sm90`); FP4
+has two producers, one for keys and queries and one for values, each with registers for its own tile. The
 schedule says which CTA takes which tiles of queries, so that all end together.
 """
 
@@ -53,6 +54,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # below every scaled masked logit
 
 
 def kernel(
+    q_gmem,
     k_gmem,
     v_gmem,
     table_gmem,
@@ -67,30 +69,27 @@ def kernel(
     plan: Plan,
     **scratch,
 ):
-    *rest, out_gmem = rest
-    queries_gmem, narrow_gmem = rest[: 1 + plan.split], rest[1 + 2 * plan.split :]
+    *narrow_gmem, out_gmem = rest
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     items = schedule_gmem[cta, 0]
     bounds = (plan, offsets_gmem, query_lengths_gmem, lengths_gmem)
 
-    pools, blocks = narrow_gmem[: 4 * plan.token_scales], narrow_gmem[4 * plan.token_scales :]
-    queries = Queries(
-        queries_gmem, scratch["qo_smem"][: 1 + plan.split], scratch["q_full"], scratch["q_empty"]
-    )
+    scales, blocks = narrow_gmem[: 6 * plan.token_scales], narrow_gmem[6 * plan.token_scales :]
     keys, values = (
-        Stream(source, block, *pool, clean, *(scratch.get(name + part) for part in STREAM_PARTS))
-        for source, block, pool, clean, name in zip(
+        Stream(source, block, *scale, clean, *(scratch.get(name + part) for part in STREAM_PARTS))
+        for source, block, scale, clean, name in zip(
             (k_gmem, v_gmem),
             blocks or (None, None),
-            (pools[::2], pools[1::2]) if pools else ((None, None),) * 2,
+            (scales[::2], scales[1::2]) if scales else ((None,) * 3,) * 2,
             (False, plan.ragged),
             ("k_", "v_"),
             strict=True,
         )
     )
+    queries = Queries(q_gmem, scratch["qo_smem"][0], scratch["q_full"], scratch["q_empty"])
 
-    def produce(index, streams, queries):
-        plgpu.set_max_registers(plan.registers[1 + index], action="decrease")
+    def produce(streams, queries):
+        plgpu.set_max_registers(plan.registers[0], action="decrease")
 
         def load(i, done):
             item = item_at(schedule_gmem[cta, i + 1], *bounds)
@@ -101,33 +100,31 @@ def kernel(
         # Nobody waits for the last completions of these.
         for stream in streams:
 
-            @pl.loop(lax.max(done - stream.stages, 0), done)
+            @pl.loop(lax.max(done - plan.tile.stages, 0), done)
             def _(count, stream=stream):
-                plgpu.barrier_wait(stream.empty.at[lax.rem(count, stream.stages)])
+                plgpu.barrier_wait(stream.empty.at[lax.rem(count, plan.tile.stages)])
 
         for other in range(WARPGROUPS if queries else 0):
-            plgpu.barrier_wait(scratch["q_empty"].at[other])
+            plgpu.barrier_wait(queries.empty.at[other])
 
     if plan.producers == 1:
-        pl.when(wg == WARPGROUPS)(lambda: produce(0, (keys, values), queries))
+        pl.when(wg == WARPGROUPS)(lambda: produce((keys, values), queries))
     else:
-        pl.when(wg == WARPGROUPS)(lambda: produce(0, (keys,), queries))
-        pl.when(wg == WARPGROUPS + 1)(lambda: produce(1, (values,), None))
+        pl.when(wg == WARPGROUPS)(lambda: produce((keys,), queries))
+        pl.when(wg == WARPGROUPS + 1)(lambda: produce((values,), None))
 
     @pl.when(wg < WARPGROUPS)
     def math_():
-        plgpu.set_max_registers(plan.registers[0], action="increase")
+        plgpu.set_max_registers(plan.registers[1], action="increase")
         pl.when(wg == 1)(wgmma.offer_first_turn)
 
         def attend(i, done):
             item = item_at(schedule_gmem[cta, i + 1], *bounds)
-            logit_scale = logit_scale_gmem[item.kv_head]
-            if plan.split:
-                rows = pl.ds(item.row + wg * ROWS, ROWS)
-                row_layout = plgpu.Layout.WGMMA.reduce(1)
-                units = rest[2].at[item.sequence, item.head, rows]
-                logit_scale *= plgpu.load(units, layout=row_layout, optimized=False)
-            scales = logit_scale, value_scale_gmem[item.kv_head], sinks_gmem[item.head]
+            scales = (
+                logit_scale_gmem[item.kv_head],
+                value_scale_gmem[item.kv_head],
+                sinks_gmem[item.head],
+            )
             return _attend_item(item, i, done, wg, plan, scales, out_gmem, **scratch)
 
         lax.fori_loop(0, items, attend, jnp.int32(0))
@@ -152,15 +149,15 @@ def _attend_item(
     v_full,
     k_empty,
     v_empty,
-    k_scales=None,
     **_,
 ):
     """A math warpgroup's part of an item; returns the number of tiles of keys attended so far."""
+    stages, swizzle = plan.tile.stages, plan.swizzle
     layout = plgpu.Layout.WGMMA
     row_layout = layout.reduce(1)
     logit_scale, value_scale, sink = scales
-    queries = [part.at[wg] for part in qo_smem[: 1 + plan.split]]
-    o_smem, operand, separate = qo_smem[-1], v_smem.dtype, plan.tile.separate_output
+    q_smem, o_smem = qo_smem[0], qo_smem[-1]
+    queries, separate = q_smem.at[wg], plan.tile.separate_output
 
     def spread(vector, shape):
         return lax.broadcast_in_dim(vector, shape, [0])
@@ -169,19 +166,10 @@ def _attend_item(
         _softmax, plan=plan, item=item, row=wg * ROWS, logit_scale=logit_scale
     )
 
-    def release(s, slot):
-        """Logits in units that are the same for all tokens; lets the producer have their keys' slot."""
-        if k_scales is not None:
-            tokens = k_scales.at[slot, pl.ds(0, plan.tile.keys)]
-            tokens = plgpu.load(tokens, layout=layout.reduce(0))
-            s = s * lax.broadcast_in_dim(tokens, s.shape, [1])
-        plgpu.barrier_arrive(k_empty.at[slot])
-        return s
-
     def step(j, carry, masked):
         """Values of tile j - 1 and keys of tile j, counted from the last."""
         p, top, total, out = carry
-        slot, before = lax.rem(done + j, plan.key_stages), lax.rem(done + j - 1, plan.tile.stages)
+        slot, before = lax.rem(done + j, stages), lax.rem(done + j - 1, stages)
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[before])
         overlap = plan.tile.overlap and not masked and plan.soft_cap is None
@@ -191,31 +179,31 @@ def _attend_item(
             p,
             v_smem.at[before],
             out,
-            swizzle=plan.key_swizzle,
-            value_swizzle=plan.swizzle,
+            swizzle=swizzle,
             pending=int(overlap),
         )
-        s = release(s, slot)
+        plgpu.barrier_arrive(k_empty.at[slot])
         if not overlap:
             plgpu.barrier_arrive(v_empty.at[before])
         tile = item.last - 1 - j
         weights, top, total, rescale = softmax(s, top, total, tile=tile, masked=masked)
-        following = weights.astype(operand)
+        following = weights.astype(q_smem.dtype)
         if overlap:
             out = wgmma.settle(out, p, following)
             plgpu.barrier_arrive(v_empty.at[before])
         return following, top, total, out * spread(rescale, out.shape)
 
-    slot = lax.rem(done, plan.key_stages)
+    slot = lax.rem(done, stages)
     plgpu.barrier_wait(q_full.at[wg])
     plgpu.barrier_wait(k_full.at[slot])
-    s = release(wgmma.logits(queries, k_smem.at[slot], swizzle=plan.key_swizzle), slot)
+    s = wgmma.logits(queries, k_smem.at[slot], swizzle=swizzle)
+    plgpu.barrier_arrive(k_empty.at[slot])
     top = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout)
     total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
     maskable = plan.causal or plan.ragged
     p, top, total, _ = softmax(s, top, total, tile=item.last - 1, masked=maskable)
     out = plgpu.layout_cast(jnp.zeros((ROWS, plan.value_dim), jnp.float32), layout)
-    carry = (p.astype(operand), top, total, out)
+    carry = (p.astype(q_smem.dtype), top, total, out)
     # Tiles before the last: masked on the right, whole, masked on the left.
     end, whole, left = item.last - item.first, item.last - item.high, item.last - item.low
     if plan.causal:
@@ -231,9 +219,9 @@ def _attend_item(
 
     if separate:
         plgpu.barrier_arrive(q_empty.at[wg])
-    slot = lax.rem(done + end - 1, plan.tile.stages)
+    slot = lax.rem(done + end - 1, stages)
     plgpu.barrier_wait(v_full.at[slot])
-    out = wgmma.values(p, v_smem.at[slot], out, swizzle=plan.swizzle)
+    out = wgmma.values(p, v_smem.at[slot], out, swizzle=swizzle)
     plgpu.barrier_arrive(v_empty.at[slot])
 
     seen = top > 0.5 * MASKED * (1.0 if plan.soft_cap else logit_scale)
@@ -265,12 +253,9 @@ def _softmax(s, top, total, *, plan: Plan, item: Item, row, logit_scale, tile, m
     def spread(vector):
         return lax.broadcast_in_dim(vector, s.shape, [0])
 
-    def of_rows(scale):
-        return spread(scale) if plan.split else scale
-
     if plan.soft_cap is not None:
         # cap * tanh(x / cap); tanh(y) = 1 - 2 / (1 + exp(2 y)), its reciprocal a squared rsqrt.
-        root = lax.rsqrt(1 + jnp.exp2(s * of_rows(logit_scale * (2 / plan.soft_cap))))
+        root = lax.rsqrt(1 + jnp.exp2(s * (logit_scale * (2 / plan.soft_cap))))
         s = LOG2E * plan.soft_cap - (2 * LOG2E * plan.soft_cap) * root * root
         logit_scale = 1.0
     if masked:
@@ -286,7 +271,6 @@ def _softmax(s, top, total, *, plan: Plan, item: Item, row, logit_scale, tile, m
             visible = token < end
         s = jnp.where(visible, s, MASKED)
     new_top = jnp.maximum(top, jnp.max(s, axis=1) * logit_scale)
-    logit_scale = logit_scale if plan.soft_cap is not None else of_rows(logit_scale)
     p = jnp.exp2(s * logit_scale - spread(new_top))
     rescale = jnp.exp2(top - new_top)
     return p, new_top, total * rescale + jnp.sum(p, axis=1), rescale

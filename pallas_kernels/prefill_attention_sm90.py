@@ -9,7 +9,7 @@ import heapq
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
@@ -34,12 +34,7 @@ NARROW_DTYPES = ("float8_e4m3fn", "float8_e5m2", FP4)
 
 
 def choose_tile(
-    dim: int,
-    value_dim: int,
-    *,
-    page_size: int | None = None,
-    narrow: bool = False,
-    split: bool = False,
+    dim: int, value_dim: int, *, page_size: int | None = None, narrow: bool = False
 ) -> TileConfig:
     """The largest tile whose logits, probabilities and outputs fit the registers, and two stages shared memory.
 
@@ -49,14 +44,13 @@ def choose_tile(
         page_size: Tokens of a page, None for contiguous keys.
         narrow: Whether keys and values are 8- or 4-bit codes; widening them takes registers from the math
             warpgroups, and a thread for each token.
-        split: Whether 8-bit keys are multiplied as they are stored, which leaves room for more of them.
     """
     if value_dim > 128:
         return TileConfig(keys=64, stages=2, separate_output=False, overlap=not narrow)
     for keys in (128, 64) if narrow else (128, 96, 64):
-        config = TileConfig(keys=keys, stages=3 if split else 2, separate_output=True, overlap=True)
+        config = TileConfig(keys=keys, stages=2, separate_output=True, overlap=True)
         whole = page_size is None or keys % page_size == 0 or page_size % keys == 0
-        if whole and (split or config.smem_bytes(dim, value_dim) <= SMEM_BYTES):
+        if whole and config.smem_bytes(dim, value_dim) <= SMEM_BYTES:
             return config
     raise ValueError(f"prefill_attention: no tile of whole pages; found page_size {page_size}")
 
@@ -335,7 +329,7 @@ def _attend(
     scales = (np.ones((kv_heads,), np.float32),) * 2 if scales is None else scales
     pools = scales if scales[0].ndim > 1 else ()
     factors = tuple(_largest(x) if pools else x for x in scales)
-    relative = (*pools, *(1 / x for x in factors)) if pools else ()
+    relative = (*pools, *(1 / x for x in factors), *map(_alike, pools)) if pools else ()
     for name, vector, size, dtype in (
         ("lengths", lengths, batch, jnp.int32),
         ("query_lengths", query_lengths, batch, jnp.int32),
@@ -343,11 +337,8 @@ def _attend(
         ("sinks", sink_logits, q_heads, jnp.float32),
     ):
         _expect(name, vector, (size,), dtype)
-    # The parts of a bfloat16 query are exact; with 256 channels, outputs take the place of 16-bit queries.
-    split = narrow and not block_scales and query.dtype == jnp.bfloat16 and dim <= 128
     if tile is None:
-        sizes = dict(page_size=page_size, narrow=narrow, split=split)
-        tile = choose_tile(dim, value_dim, **sizes)
+        tile = choose_tile(dim, value_dim, page_size=page_size, narrow=narrow)
     if narrow and tile.keys not in ((128,) if block_scales else (64, 128)):
         raise ValueError(
             f"prefill_attention: tiles of {page_dtype} need 128 keys (or 64 of 8 bits); found {tile.keys}"
@@ -368,26 +359,21 @@ def _attend(
         soft_cap=logit_soft_cap,
         sinks=sinks is not None,
         narrow=page_dtype if narrow else None,
-        split=split,
         token_scales=bool(pools),
         ctas=min(num_sms, batch * q_heads * pl.cdiv(rows, Q_TILE)),
     )
     scale = dim**-0.5 if scale is None else scale
     out_dtype = query.dtype
-    dtype = jnp.dtype(
-        jnp.float16 if narrow else query.dtype
-    )  # float16 holds all these types exactly
-    if narrow:
-        query = query if split else query.astype(dtype)
+    if narrow:  # float16 holds all these types exactly
+        query = query.astype(jnp.float16)
         unit = widening.tile_unit(Storage(page_dtype, dim))
         factors = tuple(x * unit for x in factors)
     # Rows that TMA copies.
     blocks = tuple(x.reshape(*x.shape[:2], -1, SCALE_ROW) for x in block_scales)
     # Outputs that take the place of queries have their dtype until they are written.
-    written = out_dtype if tile.separate_output else dtype
+    written = out_dtype if tile.separate_output else query.dtype
     if rows % 8:
         query = jnp.pad(query, ((0, 0), (0, -rows % 8), (0, 0), (0, 0)))
-    queries = _split(query) if plan.split else (query,)
     out = plgpu.kernel(
         functools.partial(kernel, plan=plan),
         out_type=jax.ShapeDtypeStruct((*query.shape[:3], value_dim), written),
@@ -396,9 +382,10 @@ def _attend(
         num_threads=WARPGROUPS + plan.producers,
         thread_name="wg",
         kernel_name="prefill_attention",
-        scratch_types=scratch(plan, dtype, written),
+        scratch_types=scratch(plan, query.dtype, written),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(
+        query,
         key,
         value,
         page_table,
@@ -409,27 +396,10 @@ def _attend(
         factors[0] * (scale * LOG2E),
         factors[1],
         sink_logits * LOG2E,
-        *queries,
         *relative,
         *blocks,
     )
     return (out[:, :rows] if rows % 8 else out).astype(out_dtype)
-
-
-def _split(query: Array) -> tuple[Array, Array, Array]:
-    """A query is (first + second) * unit: e4m3 [B, T, N, H] twice, and float32 [B, N, T up to whole tiles].
-
-    Exact but for what is below 2^-17 of a query's largest number: bfloat16 has 8 bits, e4m3 has 4 and a sign.
-    """
-    query = query.astype(jnp.float32)
-    largest = lax.bitcast_convert_type(jnp.max(jnp.abs(query), axis=-1), jnp.int32)
-    exponent = jnp.clip(largest >> 23, 30, 230) << 23
-    power = lax.bitcast_convert_type(exponent, jnp.float32)
-    query = query * (128 / power)[..., None]  # below 256, of e4m3's 448
-    first = lax.reduce_precision(query, exponent_bits=8, mantissa_bits=3)
-    unit = jnp.moveaxis(power / 128, 1, 2)
-    unit = jnp.pad(unit, ((0, 0), (0, 0), (0, -unit.shape[2] % Q_TILE)))
-    return first.astype(jnp.float8_e4m3fn), (query - first).astype(jnp.float8_e4m3fn), unit
 
 
 def _largest(scales: Array) -> Array:
@@ -437,6 +407,14 @@ def _largest(scales: Array) -> Array:
     axes = (0, *range(2, scales.ndim))
     largest = jnp.max(jnp.where(jnp.isfinite(scales), scales, 0), axis=axes)
     return jnp.maximum(largest, float(jnp.finfo(jnp.float32).tiny))
+
+
+def _alike(scales: Array) -> Array:
+    """int32 [K]: whether a head's scales, of pages or of tokens, are one number."""
+    axes = (0, *range(2, scales.ndim))
+    return jnp.all(scales == scales[:1, :, *((slice(1),) * (scales.ndim - 2))], axis=axes).astype(
+        jnp.int32
+    )
 
 
 @functools.lru_cache(maxsize=256)

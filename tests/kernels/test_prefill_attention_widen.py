@@ -58,7 +58,7 @@ def test_scales_of_tokens(emulated, page_size, tokens, per_token):
     table = rng.permutation(80).astype(np.int32).reshape(2, 40)
     table[1, 3] = -7
     shape = (70, 3, page_size) if per_token else (70, 3)  # the table has pages past the pool's
-    scales = tuple(rng.uniform(0.1, 1, shape).astype(np.float32) for _ in range(2))
+    scales = rng.uniform(0.1, 1, shape).astype(np.float32)
     sizes = dict(tokens=tokens, page_size=page_size)
     for tile in (0, 1, 40):
         pages = widening.token_pages(table, 1, tile, **sizes)
