@@ -75,17 +75,15 @@ def kernel(
     bounds = (plan, offsets_gmem, query_lengths_gmem, lengths_gmem)
 
     scales, blocks = narrow_gmem[: 6 * plan.token_scales], narrow_gmem[6 * plan.token_scales :]
-    keys, values = (
-        Stream(source, block, *scale, clean, *(scratch.get(name + part) for part in STREAM_PARTS))
-        for source, block, scale, clean, name in zip(
-            (k_gmem, v_gmem),
-            blocks or (None, None),
-            (scales[::2], scales[1::2]) if scales else ((None,) * 3,) * 2,
-            (False, plan.ragged),
-            ("k_", "v_"),
-            strict=True,
-        )
-    )
+
+    def stream(name, source, block, scale, clean):
+        pool, factors, alike = scale or (None, None, None)
+        buffers = (scratch.get(name + part) for part in STREAM_PARTS)
+        return Stream(source, block, pool, factors, alike, clean, *buffers)
+
+    key_blocks, value_blocks = blocks or (None, None)
+    keys = stream("k_", k_gmem, key_blocks, scales[::2], False)
+    values = stream("v_", v_gmem, value_blocks, scales[1::2], plan.ragged)
     queries = Queries(q_gmem, scratch["qo_smem"][0], scratch["q_full"], scratch["q_empty"])
 
     def produce(streams, queries):
