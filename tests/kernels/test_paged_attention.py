@@ -162,14 +162,14 @@ CASES = {
     ),
     "64 rows": Case(lengths=(140,), q_heads=64, kv_heads=1, sinks=True, splits=2),
     "scales per page": Case(lengths=(250, 3), q_heads=4, kv_heads=2, scales="page", splits=1),
-    "scales per token": Case(lengths=(250, 9), q_heads=4, kv_heads=2, scales="token", splits=2),
+    "scales per token": Case(lengths=(250, 9), q_heads=24, kv_heads=2, scales="token", splits=2),
     "bfloat16 with scales per token, pages larger than a tile": Case(
         lengths=(250,), q_heads=4, kv_heads=1, page=128, dtype="bfloat16", scales="token", splits=1
     ),
     "soft cap": Case(lengths=(140,), q_heads=4, kv_heads=1, soft_cap=0.7, splits=1),
-    "4 queries": Case(lengths=(140, 3), q_heads=3, kv_heads=1, queries=4, sinks=True, splits=2),
+    "4 queries": Case(lengths=(140, 3), q_heads=2, kv_heads=1, queries=4, sinks=True, splits=2),
     "8 queries, two warpgroups, window": Case(
-        lengths=(140,), q_heads=4, kv_heads=1, queries=8, window=20, splits=1
+        lengths=(140,), q_heads=4, kv_heads=1, queries=8, window=20, scales="page", splits=1
     ),
     "80 channels": Case(lengths=(140,), q_heads=4, kv_heads=1, dim=80, splits=1),
     "96 channels": Case(
