@@ -5,6 +5,7 @@ import functools
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import PyTreeDef
 
 from qjax.formats import WHOLE, ActivationFormat
 from qjax.nn._linear import Linear
@@ -68,24 +69,26 @@ def _convert(module: Linear | ExpertLinear, w: QArray) -> QArray:
         pairs = False  # a pair of blocks would be cut
     static = module.activation_format, pairs
     if mesh is None:
-        return _converted(w, *static)
+        return _converter(*static)(w)
     lead = (module.expert_axis,) if isinstance(module, ExpertLinear) else ()
     spec = PartitionSpec(*lead, module.out_axis, module.in_axis)
-    specs = array_specs(jax.eval_shape(lambda w: _converted(w, *static), w), spec)
+    specs = array_specs(jax.eval_shape(_converter(*static), w), spec)
     shardings = jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
     leaves, tree = jax.tree.flatten(shardings)
-    return _converted_to(w, *static, tuple(leaves), tree)
+    return _converter(*static, tuple(leaves), tree)(w)
 
 
-# Compiled once for all layers of one shape: their functions must be the same objects.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _converted(w: QArray, activation: ActivationFormat | None, pairs: bool) -> QArray:
-    return prepack_array(w, activation, pairs=pairs)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _converted_to(w: QArray, activation, pairs: bool, shardings: tuple, tree) -> QArray:
-    packed = prepack_array(w, activation, pairs=pairs)
-    return jax.lax.with_sharding_constraint(packed, jax.tree.unflatten(tree, shardings))
+# jit compiles anew for each function object: layers of one kind must share theirs.
+@functools.cache
+def _converter(
+    activation: ActivationFormat | None,
+    pairs: bool,
+    shardings: tuple[NamedSharding, ...] | None = None,
+    tree: PyTreeDef | None = None,
+):
+    convert = functools.partial(prepack_array, activation=activation, pairs=pairs)
+    if tree is None:
+        return jax.jit(convert)
+    return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, shardings))
