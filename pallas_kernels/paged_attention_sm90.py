@@ -11,7 +11,8 @@ warpgroup, or two that share the tiles where more than 16 rows (query heads of t
       all warps are done with the tile: TMA the tile after the ring's last one into its place
     the four warps' parts -> shared memory -> their sum -> memory
 
-Several CTAs share an SM, so that one computes while others wait. With one split the result is final; with more,
+Up to eight rows are columns of the tensor instructions, whose rows are tokens: half as many as with rows of queries,
+of which there must be 16. Several CTAs share an SM, so that one computes while others wait. With one split the result is final; with more,
 each returns its normalized part and the logarithm of its sum, which a second kernel combines exactly.
 """
 
@@ -420,13 +421,12 @@ def _kernel(
         if plan.soft_cap is not None:
             s = (1 - 2 / (jnp.exp2(s) + 1)) * (plan.soft_cap * to_log2)
         token = loads.tokens(s.shape, storage=storage, turned=plan.turned)
-        ends = row_end - tile * tile_tokens
-        end = lax.min(length - tile * tile_tokens, ends) if plan.queries == 1 else None
-        if end is not None:
-            visible = token < end
+        end, ends = length - tile * tile_tokens, row_end - tile * tile_tokens
+        if plan.queries == 1:
+            visible = token < lax.min(end, ends)
         else:
             ends = spread(ends, s.shape)
-            visible = (token < ends) & (token < length - tile * tile_tokens)
+            visible = (token < ends) & (token < end)
         if plan.window is not None:
             visible = visible & (token >= ends - plan.window)
         s = jnp.where(visible, s, MASKED)
