@@ -1,11 +1,11 @@
 """Re-laying a loaded model's weights out for the GPU kernels."""
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import PyTreeDef
 
 from qjax.formats import WHOLE, ActivationFormat
 from qjax.nn._linear import Linear
@@ -85,8 +85,8 @@ def _convert(module: Linear | ExpertLinear, w: QArray) -> QArray:
 def _converter(
     activation: ActivationFormat | None,
     pairs: bool,
-    shardings: tuple[NamedSharding, ...] | None = None,
-    tree: PyTreeDef | None = None,
+    shardings: tuple[NamedSharding, ...] = (),
+    tree: Any = None,
 ):
     convert = functools.partial(prepack_array, activation=activation, pairs=pairs)
     if tree is None:
