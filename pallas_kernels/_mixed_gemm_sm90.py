@@ -20,6 +20,7 @@ from qjax.pallas_kernels._mixed_gemm_registers_sm90 import (
     words_layout,
 )
 from qjax.pallas_kernels._mixed_gemm_tiles_sm90 import MIN_SUMS, TileConfig
+from qjax.pallas_kernels._mma_sm80 import products
 from qjax.pallas_kernels._w4a8_registers_sm90 import eight_bit_factor, eight_bit_weights
 from qjax.pallas_kernels._wgmma_sm90 import load_columns, mixed_product
 from qjax.wgmma_layout import BLOCK
@@ -65,6 +66,8 @@ def launch(
     x, out_dtype = operands["x"], jnp.dtype(out_dtype or operands["x"].dtype)
     row_tiles, column_tiles = pl.cdiv(n, config.rows), pl.cdiv(m, config.columns)
     warpgroups = config.blocks * config.parts
+    if config.tail or config.share:  # a cluster takes so many whole tiles together
+        row_tiles = pl.cdiv(row_tiles, config.splits)
     clusters = max(min(num_sms // config.splits, row_tiles * column_tiles), 1)
     grouped = group_size != k
     out_type = [jax.ShapeDtypeStruct((m, n), out_dtype)]
@@ -78,8 +81,12 @@ def launch(
             out_dtype,
             transforms=(plgpu.SwizzleTransform(128),),
         ),
-        empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=config.stages),
     )
+    releases = dict(num_arrivals=warpgroups, num_barriers=config.stages)
+    if config.share:
+        scratch["empty"] = plgpu.ClusterBarrier(collective_axes=("split",), **releases)
+    else:
+        scratch["empty"] = plgpu.Barrier(**releases)
     streams = ["x", "codes"]
     for name in ("scale", "zero_point", "minimum", "sums"):
         if grouped and name in operands:
@@ -92,7 +99,8 @@ def launch(
     arrivals = len(streams) - 1 + config.parts * _x_chunks(config, x.dtype)
     scratch["full"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
     scratch |= part_sums(config.parts, config.blocks, config.blocks, config.columns)
-    if config.splits > 1:
+    rounds = config.rounds(m, n, clusters)
+    if config.splits > 1 and rounds[1]:
         # Two buffers: a part is overwritten after the barrier that follows its addition.
         shape = (clusters, 2, config.splits, config.blocks, BLOCK, config.columns)
         out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -107,7 +115,7 @@ def launch(
         group_size=group_size,
         zero=zero,
         counts=(row_tiles, column_tiles, pl.cdiv(k, config.step), clusters),
-        alone=config.rounds(m, n, clusters)[0],
+        rounds=rounds,
     )
 
     def kernel(*refs, **scratch):
@@ -171,15 +179,20 @@ def part_sums(parts: int, blocks: int, row_blocks: int, columns: int) -> dict:
 
 
 def _kernel(
-    gmem, outputs, smem, *, streams, config: TileConfig, element, group_size, zero, counts, alone
+    gmem, outputs, smem, *, streams, config: TileConfig, element, group_size, zero, counts, rounds
 ):
     row_tiles, column_tiles, steps, clusters = counts
     full, empty, x_smem = smem["full"], smem["empty"], smem["x_smem"]
     wg, cluster, split = (lax.axis_index(name) for name in ("wg", "cluster", "split"))
-    ctas = clusters * config.splits
-    cut = row_tiles * column_tiles - alone * ctas
-    my_tiles = alone + (cut - cluster + clusters - 1) // clusters
+    alone, cut = rounds
+    if cut:
+        my_tiles = alone + (cut - cluster + clusters - 1) // clusters
+    else:
+        my_tiles = (row_tiles * column_tiles - cluster + clusters - 1) // clusters
     begin, end = split * steps // config.splits, (split + 1) * steps // config.splits
+    if config.share:  # CTAs that wait for each other take equally many steps; beyond K all is zero
+        part = pl.cdiv(steps, config.splits)
+        begin, end = split * part, (split + 1) * part
     step_groups = config.step // group_size if "scale" in streams else 1
     unit = UNITS[ELEMENTS[element]]
     warpgroups = config.blocks * config.parts
@@ -187,12 +200,16 @@ def _kernel(
     def tile(i):
         """First block of rows, first token, first and last step of this CTA's i-th tile."""
         index, steps_of = cluster + i * clusters, (begin, end)
-        if alone:
-            is_cut, last = i >= alone, alone * ctas - alone * clusters
-            index = lax.select(is_cut, index + last, (cluster * config.splits + split) + i * ctas)
-            whole = jnp.int32(0), jnp.int32(steps)
-            steps_of = tuple(lax.select(is_cut, a, b) for a, b in zip(steps_of, whole, strict=True))
-        row, column = plgpu.planar_snake(index, (row_tiles, column_tiles), 0, 8)
+        order = functools.partial(plgpu.planar_snake, shape=(row_tiles, column_tiles))
+        if not alone:
+            row, column = order(index, minor_dim=0, tile_width=8)
+            return row * config.blocks, column * config.columns, *steps_of
+        whole, j = i < alone, index - alone * clusters  # j-th of those cut
+        index = lax.select(whole, index, alone * clusters + lax.div(j, config.splits))
+        row, column = order(index, minor_dim=0, tile_width=8)
+        row = row * config.splits + lax.select(whole, split, lax.rem(j, config.splits))
+        pairs = zip((jnp.int32(0), jnp.int32(steps)), steps_of, strict=True)
+        steps_of = tuple(lax.select(whole, a, b) for a, b in pairs)
         return row * config.blocks, column * config.columns, *steps_of
 
     @pl.when(wg == warpgroups)
@@ -216,11 +233,19 @@ def _kernel(
                 for part, chunk in itertools.product(range(config.parts), range(chunks)):
                     first = step * config.step + part * config.depth + chunk * width
                     place = (part, chunk) if len(x_smem.shape) == 5 else (part,)
-                    plgpu.copy_gmem_to_smem(
+                    copy_x = functools.partial(
+                        plgpu.copy_gmem_to_smem,
                         gmem["x"].at[pl.ds(column, config.columns), pl.ds(first, width)],
                         x_smem.at[slot, *place],
                         full.at[slot],
                     )
+                    if not config.share:
+                        copy_x()
+                    elif not cut:
+                        copy_x(collective_axes="split")
+                    else:
+                        pl.when(i < alone)(lambda copy_x=copy_x: copy_x(collective_axes="split"))
+                        pl.when(i >= alone)(copy_x)
                 for name in streams[1:]:
                     count_of = config.step // unit if name == "codes" else step_groups
                     steps_part = pl.ds(step * count_of, count_of)
@@ -323,7 +348,10 @@ def _kernel(
                         if first + width == config.depth:
                             plgpu.barrier_arrive(empty.at[slot])
                         continue
-                    part = mixed_product(weights, tokens, first=within, recycle=part)
+                    if config.mma:
+                        (part,) = products((weights,), tokens, first=within)
+                    else:
+                        part = mixed_product(weights, tokens, first=within, recycle=part)
                     if first + width == config.depth and not grouped:
                         plgpu.barrier_arrive(empty.at[slot])
                     scaled = part.astype(jnp.float32)
@@ -354,7 +382,7 @@ def _kernel(
                 _store(total, smem["out_smem"].at[mine], outputs[0], column, (row + mine) * BLOCK)
 
             def finish(total):
-                if config.splits == 1:
+                if not cut or config.splits == 1:
                     store(total)
                 elif alone:
                     pl.when(i < alone)(lambda: store(total))

@@ -27,6 +27,9 @@ class TileConfig:
         splits: CTAs of a cluster (1, 2 or 4), each with a part of K.
         tail: Whether a cluster's CTAs take whole tiles of their own while there is one for every CTA, and cut only
             the rest.
+        mma: Whether products are mma.sync's instead of wgmma's.
+        share: Whether a cluster's CTAs share the x of neighbouring whole tiles by multicast. All tiles are whole then,
+            but with `tail` not the last ones; columns are at least 16.
     """
 
     columns: int
@@ -36,6 +39,8 @@ class TileConfig:
     stages: int
     splits: int = 1
     tail: bool = False
+    mma: bool = False
+    share: bool = False
 
     @property
     def rows(self) -> int:
@@ -48,10 +53,13 @@ class TileConfig:
         return self.depth * self.parts
 
     def rounds(self, m: int, n: int, clusters: int) -> tuple[int, int]:
-        """Tiles that each CTA computes alone, and tiles that the clusters cut."""
-        tiles = pl.cdiv(n, self.rows) * pl.cdiv(m, self.columns)
-        alone = tiles // (clusters * self.splits) if self.tail else 0
-        return alone, tiles - alone * clusters * self.splits
+        """Tiles that each CTA computes alone at most, and tiles that the clusters cut."""
+        row_tiles = pl.cdiv(n, self.rows)
+        if not (self.tail or self.share):
+            return 0, row_tiles * pl.cdiv(m, self.columns)
+        teams = pl.cdiv(row_tiles, self.splits) * pl.cdiv(m, self.columns)
+        alone = teams // clusters if self.tail else pl.cdiv(teams, clusters)
+        return alone, max(teams - alone * clusters, 0) * self.splits
 
     def smem_bytes(
         self, scale_bytes: float, *, bits: int = 4, sums: float = 0, x_bytes: int = 2
@@ -100,23 +108,32 @@ def candidate_tiles(
     size = dict(scale_bytes=scale_bytes, bits=bits, sums=sums)
     columns = next((c for c in COLUMNS if c >= m), COLUMNS[-1])
     shapes = [(1, 4), (2, 2), (4, 1)] if columns <= 64 else [(2, 1)]
+    parts = [(columns, *shape) for shape in shapes]
+    if columns == 128:  # more tiles, where those of 128 tokens would leave SMs idle
+        parts.append((64, 2, 2))
     candidates = []
-    for (blocks, parts), depth, splits in itertools.product(shapes, (64, 128, 256), (1, 2, 4)):
-        if depth == 256 and (parts > 1 or columns > 32):
+    for part, depth, splits in itertools.product(parts, (64, 128, 256), (1, 2, 4)):
+        columns, blocks, warpgroups = part
+        if depth == 256 and (warpgroups > 1 or columns > 32):
             continue  # registers are full
-        if depth == 64 and (parts < 4 or columns < 64):
+        if depth == 64 and (warpgroups < 4 or columns < 64):
             continue  # there is room for more
-        config = TileConfig(columns, blocks, parts, depth, 2, splits)
+        config = TileConfig(columns, blocks, warpgroups, depth, 2, splits)
+        if columns == 8 and bits <= 4:
+            config = dataclasses.replace(config, mma=True)
         while config.stages < 10:
             deeper = dataclasses.replace(config, stages=config.stages + 1)
             if deeper.smem_bytes(**size) > MAX_SMEM:
                 break
             config = deeper
-        enough = splits == 1 or (k >= splits * config.step and m <= 256)
-        if enough and config.smem_bytes(**size) <= MAX_SMEM:
+        if config.smem_bytes(**size) > MAX_SMEM:
+            continue
+        if splits == 1 or (k >= splits * config.step and m <= 256):
             candidates.append(config)
             if splits == 2 and columns == 128:  # else there are no registers for two epilogues
                 candidates.append(dataclasses.replace(config, tail=True))
+        if splits == 2 and columns == 128 and m > 512:
+            candidates.append(dataclasses.replace(config, share=True))
     return candidates
 
 
@@ -138,6 +155,10 @@ def modelled_us(
     step_us = 1.2 * step_us + 0.18 if bits == 8 else step_us + 0.12
     outputs = config.rows / BLOCK * config.columns
     epilogue_us = 0.012 * (config.parts - 1) * outputs
+    if config.columns == 64 and m > 64:
+        step_us *= 0.9
+    if config.share:
+        step_us *= 0.97
     us = alone * (steps * step_us + epilogue_us)
     if config.splits > 1:
         epilogue_us += 0.8 + 0.0046 * config.splits * outputs

@@ -20,7 +20,7 @@ each other's waits. All threads copy, and all compute:
     sum -> out, or with splits -> float32 workspace [splits, M, N], which XLA adds
 
 Rows and columns past the edges are copied as zeros and not stored. The kernel also runs on Hopper (it uses nothing
-of wgmma, TMA or mbarrier), where `mixed_gemm_sm90` is the one to use. It has not been run on a GPU yet.
+of wgmma, TMA or mbarrier), where `mixed_gemm_sm90` is the one to use.
 """
 
 import jax

@@ -28,23 +28,28 @@ from qjax.pallas_kernels.mixed_gemm_sm90 import (
 from qjax.quantization import quantize
 
 
-def config(columns, blocks, parts, depth=128, splits=1, tail=False):
-    return TileConfig(columns, blocks, parts, depth, 2, splits, tail)
+def config(columns, blocks, parts, depth=128, splits=1, tail=False, **options):
+    return TileConfig(columns, blocks, parts, depth, 2, splits, tail, **options)
 
 
 # Group sizes below, at and above a block, zero points, short tiles in M, N and K, short groups, several tiles a CTA,
-# sums within a CTA and within a cluster, of all tiles or the last (none).
+# sums within a CTA and within a cluster, of all tiles or the last (none); mma.sync; x by multicast, an odd number of
+# row tiles and of steps.
 CASES = [
-    ((3, 192, 256, 64), {}, config(8, 1, 1)),
+    ((3, 192, 256, 64), {}, config(8, 1, 1, mma=True)),
     ((1, 320, 576, 128), {"offset": "zero_point"}, config(8, 2, 2)),
     ((5, 200, 328, 32), {"offset": "zero_point", "scale_dtype": "float32"}, config(8, 1, 2)),
     ((17, 192, 512, 256), {"offset": "zero_point"}, config(32, 2, 1, splits=2)),
     ((9, 128, 512, 512), {"offset": "zero_point", "dtype": "float16"}, config(16, 2, 2)),
-    ((100, 128, 256, 128), {"dtype": "float16", "scale_dtype": "float16"}, config(128, 2, 1)),
+    (
+        (100, 128, 256, 128),
+        {"dtype": "float16", "scale_dtype": "float16"},
+        config(128, 1, 1, splits=2, share=True),
+    ),
     ((3, 192, 512, 128), {}, config(8, 1, 2, splits=2)),
     ((9, 320, 512, 128), {}, config(16, 1, 2, splits=2, tail=True)),
     ((60, 128, 512, 128), {"offset": "zero_point"}, config(64, 1, 4, 64)),
-    ((3, 256, 512, 64), {}, config(8, 1, 1, splits=2, tail=True)),
+    ((20, 320, 640, 64), {}, config(16, 1, 1, splits=2, tail=True, share=True)),
 ]
 
 
@@ -65,7 +70,7 @@ def test_numbers(shape, options, tiles):
 
 
 EIGHT_BITS = [
-    ("int8", (3, 192, 256, 32), {}, config(8, 1, 2)),
+    ("int8", (3, 192, 256, 32), {}, config(8, 1, 2, mma=True)),
     ("int8", (17, 192, 512, 512), {}, config(32, 2, 1, 256, splits=2)),
     ("int8", (5, 64, 192, 64), {"offset": "zero_point"}, config(8, 1, 1)),
     ("int8", (5, 64, 192, 192), {"offset": "zero_point", "dtype": "float16"}, config(8, 1, 1)),
