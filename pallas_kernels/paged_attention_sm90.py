@@ -12,8 +12,9 @@ warpgroup, or two that share the tiles where more than 16 rows (query heads of t
     the four warps' parts -> shared memory -> their sum -> memory
 
 Up to eight rows are columns of the tensor instructions, whose rows are tokens: half as many as with rows of queries,
-of which there must be 16. Several CTAs share an SM, so that one computes while others wait. With one split the result is final; with more,
-each returns its normalized part and the logarithm of its sum, which a second kernel combines exactly.
+of which there must be 16. Several CTAs share an SM, so that one computes while others wait. With one split the result
+is final; with more, each returns its normalized part and the logarithm of its sum, which a second kernel combines
+exactly.
 """
 
 import dataclasses
