@@ -21,7 +21,8 @@ from qjax.pallas_kernels._mixed_gemm_registers_sm90 import (
 )
 from qjax.pallas_kernels._mixed_gemm_tiles_sm90 import MIN_SUMS, TileConfig
 from qjax.pallas_kernels._mma_sm80 import products
-from qjax.pallas_kernels._w4a8_registers_sm90 import eight_bit_factor, eight_bit_weights
+from qjax.pallas_kernels._w4a8_product_sm90 import add_product, close_turns, open_turns
+from qjax.pallas_kernels._w4a8_registers_sm90 import eight_bit_factor
 from qjax.pallas_kernels._wgmma_sm90 import load_columns, mixed_product
 from qjax.wgmma_layout import BLOCK
 
@@ -278,10 +279,11 @@ def _kernel(
         mine, k_part = lax.div(wg, config.parts), lax.rem(wg, config.parts)
         shape = (BLOCK, config.columns)
         eight_bits = x_smem.dtype.itemsize == 1
+        turns = eight_bits and (config.columns, config.blocks, config.parts) == (128, 2, 1)
+        if turns:
+            open_turns()
         # Integers of rows with one scale stay integers until K is through.
         whole = x_smem.dtype == jnp.int8 and not grouped
-        # Scales that are there when the product is, where there are registers for them.
-        early = eight_bits and grouped and config.columns <= 32
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         spread = functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
 
@@ -330,36 +332,43 @@ def _kernel(
                     codes = smem["codes_smem"].at[slot, mine, units]
                     words = plgpu.load(codes, layout=words_layout(codes.shape))
                     scales = smem["scale_smem"].at[slot, mine, group] if grouped else None
-                    if early:
+                    if eight_bits and grouped:  # one piece of code takes them with the product
                         scales = row_values(scales)
                     place = dict(first=first % unit, width=width)
-                    if eight_bits:
-                        weights = eight_bit_weights(words, x_smem.dtype, zero_point, **place)
-                    else:
-                        weights = dequantize(
-                            words, element, x_smem.dtype, zero_point, zero=zero, **place
-                        )
-                    tokens, within = x_smem.at[slot, k_part], first
+                    last = first + width == config.depth
                     if eight_bits:
                         chunk, within = divmod(first, 128)
                         tokens = x_smem.at[slot, k_part, chunk]
-                    if whole:
-                        total = mixed_product(weights, tokens, first=within, total=total)
-                        if first + width == config.depth:
+                        total = add_product(
+                            total,
+                            words,
+                            tokens,
+                            zero_point,
+                            scales,
+                            **place,
+                            x_first=within,
+                            turns=turns,
+                        )
+                        if last:
                             plgpu.barrier_arrive(empty.at[slot])
                         continue
+                    weights = dequantize(
+                        words, element, x_smem.dtype, zero_point, zero=zero, **place
+                    )
+                    tokens = x_smem.at[slot, k_part]
                     if config.mma:
-                        (part,) = products((weights,), tokens, first=within)
+                        (part,) = products((weights,), tokens, first=first)
                     else:
-                        part = mixed_product(weights, tokens, first=within, recycle=part)
-                    if first + width == config.depth and not grouped:
+                        part = mixed_product(weights, tokens, first=first, recycle=part)
+                    if last and not grouped:
                         plgpu.barrier_arrive(empty.at[slot])
-                    scaled = part.astype(jnp.float32)
                     if grouped:
-                        scaled = scaled * spread(scales if early else row_values(scales))
-                        if first + width == config.depth:
+                        part_scales = spread(row_values(scales))
+                        if last:
                             plgpu.barrier_arrive(empty.at[slot])
-                    total = lax.optimization_barrier(total + scaled)
+                        total = lax.optimization_barrier(total + part * part_scales)
+                    else:
+                        total = lax.optimization_barrier(total + part)
                 return count + 1, total
 
             zeros = jnp.zeros(shape, jnp.int32 if whole else jnp.float32)
@@ -432,6 +441,8 @@ def _kernel(
             return count
 
         lax.fori_loop(0, my_tiles, multiply_tile, 0)
+        if turns:
+            close_turns()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if config.parts > 1:
 

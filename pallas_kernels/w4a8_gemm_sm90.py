@@ -7,12 +7,12 @@ Differences q - zero_point are exact in either type, so all rounding is that of 
 of int8 are int32 inside a group, and over all K where a row has one scale; those of FP8, which the tensor cores add in
 fewer bits than float32 has, are promoted to float32 after each group or 128 columns.
 
-Weights are in "wgmma8" storage (`qjax.wgmma_layout`). The kernel is that of `mixed_gemm_sm90`, which draws its warp
-groups, barriers and sums over parts, splits and clusters; three things differ. A stage's x is 8 bits wide and not
+Weights are in "wgmma8" storage (`qjax.wgmma_layout`). Few tokens take the kernel of `mixed_gemm_sm90`, which draws its
+warp groups, barriers and sums over parts, splits and clusters; three things differ. A stage's x is 8 bits wide and not
 tiled: rows of 128 columns, of which the last may lie beyond K, for each of which TMA takes a copy. Codes become 8-bit
-numbers in registers by 3 instructions for each 8 weights (int8 without zero points), 7 (with) or 9 (FP8):
-`_w4a8_registers_sm90`. And a tile's sums are multiplied by the tokens' scales before they are stored.
-`_w4a8_tiles_sm90` chooses the tile.
+numbers in registers by 3 instructions for each 8 weights (int8 without zero points), 7 (with), 8 or 9 (FP8):
+`_w4a8_registers_sm90`; `_w4a8_product_sm90` does so under the product. And a tile's sums are multiplied by the tokens'
+scales before they are stored. Many tokens take the kernel of `_w4a8_wide_sm90`. `_w4a8_tiles_sm90` chooses the tile.
 """
 
 import jax
@@ -24,6 +24,7 @@ from qjax.pallas_kernels import mixed_gemm_sm90
 from qjax.pallas_kernels._mixed_gemm_sm90 import launch
 from qjax.pallas_kernels._mixed_gemm_tiles_sm90 import TileConfig
 from qjax.pallas_kernels._w4a8_tiles_sm90 import candidate_tiles, choose_tiles, costs, modelled_us
+from qjax.pallas_kernels._w4a8_wide_sm90 import WideTileConfig, launch_wide
 from qjax.wgmma_layout import BLOCK, codes_shape
 
 X_DTYPES = ("int8", "float8_e4m3fn")
@@ -104,7 +105,7 @@ def w4a8_gemm(
     m: int | None = None,
     bias: Array | None = None,
     out_dtype: DTypeLike = "bfloat16",
-    config: TileConfig | None = None,
+    config: TileConfig | WideTileConfig | None = None,
     num_sms: int | None = None,
 ) -> Array:
     """(x_scale * x) @ dequantized(codes).T.
@@ -151,7 +152,7 @@ def w4a8_gemm(
             scale_bytes=scale.dtype.itemsize,
         )
         config = choose_tiles(m, n, k, cost, num_sms=num_sms)
-    elif config.depth not in (128, 256):
+    elif isinstance(config, TileConfig) and config.depth not in (128, 256):
         raise ValueError(f"w4a8_gemm: depth must be 128 or 256; found {config}")
     operands = {"x": x, "codes": codes, "scale": scale, "x_scale": x_scale}
     if zero_point is not None:
@@ -159,6 +160,16 @@ def w4a8_gemm(
     if bias is not None:
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -n % BLOCK)).reshape(-1, BLOCK)
     group = k if group_size == k else min(group_size, 128)
+    if isinstance(config, WideTileConfig):
+        return launch_wide(
+            operands,
+            (m, n, k),
+            group,
+            config,
+            num_sms,
+            out_dtype=out_dtype,
+            kernel_name="w4a8_gemm",
+        )
     return launch(
         operands,
         (m, n, k),
@@ -226,6 +237,7 @@ __all__ = [
     "SCALE_DTYPES",
     "X_DTYPES",
     "TileConfig",
+    "WideTileConfig",
     "candidate_tiles",
     "choose_tiles",
     "costs",

@@ -13,7 +13,11 @@ PRODUCTS = tuple((name, m, n, k) for name in X_DTYPES for n, k in NK for m in TO
 
 
 def product_case(
-    name: str, m: int, n: int, k: int, config: kernel.TileConfig | None = None
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    config: kernel.TileConfig | kernel.WideTileConfig | None = None,
 ) -> dict:
     """The fields of a benchmark case of random data."""
     keys = jax.random.split(jax.random.key(m + n + k), 4)

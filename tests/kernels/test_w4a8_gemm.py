@@ -7,15 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 from ptx_emulator import Emulated
 
 from qjax import testing
 from qjax.pallas_kernels import w4a8_gemm_sm90
+from qjax.pallas_kernels._mixed_gemm_registers_sm90 import words_layout
 from qjax.pallas_kernels._mixed_gemm_tiles_sm90 import MAX_SMEM
-from qjax.pallas_kernels._w4a8_registers_sm90 import eight_bit_weights
+from qjax.pallas_kernels._w4a8_registers_sm90 import COLUMNS, MAGIC, decoding, eight_bit_weights
 from qjax.pallas_kernels.w4a8_gemm_sm90 import (
     TileConfig,
+    WideTileConfig,
     candidate_tiles,
     choose_tiles,
     costs,
@@ -86,17 +92,18 @@ def config(columns, blocks, parts, splits=1, tail=False):
     return TileConfig(columns, blocks, parts, 128, 2, splits, tail)
 
 
-# Short tiles in M, N and K, short groups, several tiles a CTA, sums within a CTA and a cluster, of all tiles or the
-# last; int32 sums of whole rows, zero points of rows and of groups.
+# Short tiles in M, N and K, short groups, several tiles a CTA, few tokens and many, sums within a CTA and a cluster, of
+# all tiles or the last; int32 sums of whole rows, zero points of rows and of groups.
 CASES = [
     (INT8, (1, 192, 576, 128), {}, config(8, 1, 4)),
     (INT8, (3, 192, 320, 32), {"zeros": True, "scale_dtype": "float32"}, config(8, 2, 1)),
     (INT8, (17, 192, 512, 512), {"out_dtype": "float16"}, config(32, 2, 1, splits=2)),
-    (INT8, (100, 192, 192, 64), {"zeros": True, "scale_dtype": "float16"}, config(96, 3, 1)),
+    (INT8, (100, 192, 192, 64), {"zeros": True, "scale_dtype": "float16"}, WideTileConfig(64, 2)),
     (INT8, (3, 64, 1536, 256), {}, config(8, 1, 4)),
     (FP8, (1, 2880, 128, 64), {}, config(8, 4, 1)),
     (FP8, (3, 192, 576, 32), {"zeros": True}, config(8, 1, 2, splits=2)),
     (FP8, (17, 128, 320, 320), {"zeros": True, "out_dtype": "float16"}, config(32, 2, 2)),
+    (FP8, (50, 320, 320, 128), {}, WideTileConfig(16, 2, cluster=2)),
     (FP8, (100, 320, 256, 128), {"scale_dtype": "float32"}, config(128, 2, 1, 2, tail=True)),
 ]
 
@@ -158,6 +165,44 @@ def test_extreme_scales():
     assert_close(out, args, group)
 
 
+def decoded(words, dtype, zero_point, *, first, width):
+    """`eight_bit_weights` by the kernel's instructions."""
+
+    def emit(ctx, words, *offset):
+        del ctx
+        made = decoding(words, *(offset or (None,)), dtype, first=first, width=width)
+        quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        if dtype == FP8:
+            quad = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+        i32, registers = ir.IntegerType.get_signless(32), []
+        kind = llvm.StructType.get_literal([i32] * 2)
+        constraints = ",".join(["=&r"] * 2 + ["r"] * len(made.inputs))
+        names = [f"${2 + i}" for i in range(len(made.inputs))]
+        for chunk in range(width // COLUMNS):
+            halves = [
+                llvm.inline_asm(kind, [*made.inputs], ptx, constraints)
+                for ptx in made.lines(chunk, ["$0", "$0", "$1", "$1"], names)
+            ]
+            for i in (0, 1):
+                registers += [utils.bitcast(llvm.extractvalue(i32, h, [i]), quad) for h in halves]
+        shape = fa.WGMMA_LAYOUT_8BIT.registers_shape((64, width))
+        return fa.FragmentedArray(
+            _registers=np.array(registers, dtype=object).reshape(shape),
+            _layout=fa.WGMMA_LAYOUT_8BIT,
+            _is_signed=True if dtype == INT8 else None,
+        )
+
+    def reference(words, *offset):
+        zeros = offset[0] - (MAGIC + 8) if offset else None
+        return eight_bit_weights(words, dtype, zeros, first=first, width=width)
+
+    emit.interpret_impl = reference
+    offset = () if zero_point is None else (zero_point + (MAGIC + 8),)
+    layouts = words_layout(words.shape), *(plgpu.Layout.WGMMA.reduce(1) for _ in offset)
+    out = plgpu.ShapeDtypeStruct((64, width), jnp.dtype(dtype), layout=plgpu.Layout.WGMMA_8BIT)
+    return plgpu.inline_mgpu(arg_types=layouts, return_type=out)(emit)(words, *offset)
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("x_dtype", [INT8, FP8])
 def test_instructions(monkeypatch, x_dtype, zeros):
@@ -167,7 +212,7 @@ def test_instructions(monkeypatch, x_dtype, zeros):
     words = rng.integers(0, 256, (4 * math.prod(shape),), np.uint8).view(np.int32).reshape(shape)
     zero_point = jnp.asarray(np.arange(64) % 17 - 8, jnp.float32) if zeros else None
     for first, width in ((0, 128), (32, 64), (96, 32)):
-        eight_bit_weights(jnp.asarray(words), x_dtype, zero_point, first=first, width=width)
+        decoded(jnp.asarray(words), x_dtype, zero_point, first=first, width=width)
 
 
 def test_every_code_goes_to_its_thread():
@@ -193,8 +238,10 @@ def test_chosen_tiles_fit():
         cost = costs(4096, group, integers=x_dtype == INT8, zeros=zeros, scale_bytes=4)
         for m in (1, 8, 17, 32, 64, 100, 256, 4096):
             for tiles in candidate_tiles(m, 4096, cost):
-                assert tiles.smem_bytes(cost.scale_bytes, x_bytes=1) <= MAX_SMEM
-                assert tiles.blocks * tiles.parts <= 4 and tiles.stages >= 2
+                wide = isinstance(tiles, WideTileConfig)
+                size = {} if wide else {"x_bytes": 1}
+                assert tiles.smem_bytes(cost.scale_bytes, **size) <= MAX_SMEM
+                assert tiles.stages >= 2 and (wide or tiles.blocks * tiles.parts <= 4)
             assert choose_tiles(m, 4096, 4096, cost, num_sms=132) in candidate_tiles(m, 4096, cost)
     # Enough loads in flight where a few rows meet few tokens: every SM has a part of K.
     cost = costs(4096, 128, integers=True, zeros=False, scale_bytes=2)
@@ -206,8 +253,8 @@ def test_chosen_tiles_fit():
 def test_ptxas_keeps_numbers_in_registers():
     n = 4096
     jobs = []
-    for (x_dtype, group, zeros), m in zip(kinds(), (250, 64, 256, 4096, 3, 256), strict=True):
-        k = 2880 if m in (250, 3) else 4096  # TMA's rules know K, interpret mode does not
+    for (x_dtype, group, zeros), m in zip(kinds(), (1000, 64, 256, 4096, 3, 256), strict=True):
+        k = 2880 if m in (1000, 3) else 4096  # TMA's rules know K, interpret mode does not
         cost = costs(k, group, integers=x_dtype == INT8, zeros=zeros, scale_bytes=2)
         tiles = choose_tiles(m, n, k, cost, num_sms=132)
 
