@@ -1,7 +1,7 @@
 """One step of a W4A8 product: 64 weight rows decoded, multiplied with x from shared memory, scaled and added.
 
 A step is one piece of inlined PTX, so that nothing comes between what overlaps. Weights stay in the registers of
-wgmma's left operand for all tokens, 128 of which are multiplied at once: with 64, wgmma takes 8% longer. Each product
+wgmma's left operand for all tokens, 128 of which are multiplied at once: with 64, steps took 5% longer. Each product
 starts with scale-d = false and takes registers of its own, which ptxas keeps apart from the sums (see `_wgmma_sm90`).
 
 The second half of a group is decoded while the first is multiplied; the first half, and adding up the product in
@@ -209,17 +209,15 @@ def _lines(
         "{",
         f".reg .{'b32' if integers else 'f32'} p<{held}>;",
         f".reg .b32 w<{4 * chunks}>;",
-        ".reg .f32 float; .reg .b64 r; .reg .pred new, more, never; .reg .b32 mine, other;",
+        ".reg .f32 float; .reg .b64 r; .reg .pred new, more; .reg .b32 mine, other;",
         "setp.ne.b32 new, 0, 0; setp.ne.b32 more, 1, 0;",
-        f"setp.eq.b64 never, {x}, 0;",  # ptxas can't know
         *(_TURNS if turns else ()),
         *decode(range(min(_EARLY, chunks))),
     ]
     handover = max(chunks - _EARLY, 1)  # so many multiplications before the other's turn
     for t in range(columns // piece):
         if turns:
-            # Without the exit ptxas takes the turn first, and then adds up what was multiplied before.
-            ptx += ["@never exit;", "bar.sync mine, 256;"]
+            ptx.append("bar.sync mine, 256;")
         ptx.append(fence)
         for chunk in range(chunks):
             if t == 0 and chunk == _EARLY:
