@@ -55,7 +55,7 @@ class TileConfig:
         swap: Whether the weight is the left operand (few tokens).
         columns: Columns of a CTA's tile: 64 or 128, with `swap` one of `SWAPPED_COLUMNS`.
         sub: 64-row pieces of each math warpgroup, promoted one after the other.
-        warpgroups: Math warpgroups.
+        warpgroups: Math warpgroups: 1 to 3, with one piece each if they are 3.
         stages: 128-wide slices of K in flight.
         splits: Parts of K that are summed by XLA.
         cluster: CTAs (1 or 2) side by side along the columns that share each left tile by multicast.
@@ -125,15 +125,18 @@ def candidate_tiles(m: int, k: int) -> list[TileConfig]:
     parts = []
     if m <= SWAPPED_COLUMNS[-1]:
         columns = next(c for c in SWAPPED_COLUMNS if c >= m)
-        parts += [(True, columns, 1, warpgroups, 1) for warpgroups in (1, 2)]
+        # Three warpgroups: wider sums do not fit their registers, and narrower ones need no more warpgroups.
+        many = (1, 2, 3) if columns == 64 else (1, 2)
+        parts += [(True, columns, 1, warpgroups, 1) for warpgroups in many]
     if m > 64:
         parts += [(False, columns, sub, 2, 1) for columns in (64, 128) for sub in (1, 2)]
-        parts += [(False, 128, sub, 2, 2) for sub in (1, 2)]
+        parts += [(False, 128, 1, 3, 1), (False, 128, 1, 2, 2), (False, 128, 2, 2, 2)]
     # Each part of K should keep the pipeline busy for a while; partial sums of many tokens cost too much.
     most = min(8, pl.cdiv(k, BLOCK_K) // 4) if m <= 512 else 1
     candidates = []
     for swap, columns, sub, warpgroups, cluster in parts:
-        for splits in range(1, max(most, 1) + 1):
+        # Partial sums of three warpgroups were slower than those of one or two.
+        for splits in range(1, max(most, 1) + 1 if warpgroups < 3 else 2):
             config = TileConfig(swap, columns, sub, warpgroups, 2, splits, cluster)
             while config.stages < 8:
                 deeper = dataclasses.replace(config, stages=config.stages + 1)
@@ -159,7 +162,7 @@ def modelled_us(config: TileConfig, m: int, n: int, k: int, *, num_sms: int) -> 
     steps = pl.cdiv(pl.cdiv(k, BLOCK_K), config.splits)
     l2_rate, math_rate = (7e6, 1.5e9) if config.swap else (10e6, 1.4e9)
     l2_us = (config.rows + config.columns) * BLOCK_K / (l2_rate / num_sms)
-    area = config.rows * config.columns if config.warpgroups == 2 else 0
+    area = config.rows * config.columns if config.warpgroups > 1 else 0
     if config.swap:
         overlap = 1.0 if area >= 128 * 128 else 0.7
     else:
@@ -403,7 +406,7 @@ def _kernel(
 
     @pl.when(wg < config.warpgroups)
     def math():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(152 if config.warpgroups == 3 else 232, action="increase")
         my_rows = 64 * config.sub * wg
         shape = (64, config.columns)
         tile_layout = plgpu.Layout.WGMMA

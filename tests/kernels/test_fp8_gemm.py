@@ -62,10 +62,12 @@ BLOCK_CASES = [
     ((1, 200, 384), swapped(columns=8, sub=1, warpgroups=2, stages=2)),
     ((7, 192, 544), swapped(columns=8, sub=1, warpgroups=1, stages=3, splits=2)),
     ((63, 320, 576), swapped(columns=64, sub=1, warpgroups=2, stages=2)),
+    ((50, 400, 288), swapped(columns=64, sub=1, warpgroups=3, stages=2)),
     ((100, 136, 48), swapped(columns=128, sub=1, warpgroups=2, stages=2)),
     ((129, 72, 288), upright(columns=64, sub=1, warpgroups=2, stages=2)),
     ((300, 320, 640), upright(columns=128, sub=2, warpgroups=2, stages=2)),
     ((130, 264, 416), upright(columns=128, sub=1, warpgroups=2, stages=2, splits=2)),
+    ((300, 200, 256), upright(columns=128, sub=1, warpgroups=3, stages=2)),
     ((257, 320, 256), upright(columns=128, sub=2, warpgroups=2, stages=3, cluster=2)),
 ]
 
