@@ -61,6 +61,7 @@ class Plan:
     sinks: bool
     narrow: str | None  # dtype of 8- and 4-bit pages
     token_scales: bool  # pages or tokens have scales of their own
+    page_scales: bool  # pages have
     ctas: int
 
     @property

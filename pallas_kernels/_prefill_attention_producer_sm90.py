@@ -25,7 +25,7 @@ class Stream:
         block_source: Device memory: FP4's block scales, or None.
         pool: Device memory: scales of tokens, or of their pages; None if they are the same for all of a head.
         factors: Device memory: what makes them relative, for each head, or None.
-        alike: Device memory: whether all of a head are one, or None.
+        alike: Device memory: whether all pages of a head have one, or None.
         clean: Whether tokens past the sequence's end, which may be NaN, become zeros.
         tiles: Shared memory: 16-bit tiles, one for each stage.
         narrow: Shared memory: a tile of 8- or 4-bit codes on its way to become one of them, or None.
@@ -99,9 +99,9 @@ def load_item(
         first, last = lax.div(lax.max(tile, 0) * rows, page_size), table_gmem.shape[1] - 1
         return [table_gmem[item.sequence, lax.min(first + j, last)] for j in range(plan.pieces)]
 
-    def scale_pages(stream: Stream, tile):
+    def scale_pages(tile):
         """The page of each thread's token of a tile."""
-        if stream.pool is None:
+        if streams[0].pool is None:
             return None
         where = (table_gmem, item.sequence, lax.max(tile, 0))
         return widening.token_pages(*where, tokens=rows, page_size=page_size)
@@ -177,6 +177,8 @@ def load_item(
                 _clean(target, plan, valid)
             elif not stream.clean and scale is None:
                 widen(None, None)
+            elif scale is not None and alike is None:
+                widen(valid if stream.clean else None, scale)
             else:
                 plain = valid >= rows if stream.clean else True
                 if alike is not None:
@@ -213,24 +215,26 @@ def load_item(
         if plan.narrow:
             copy(stream, stream.narrow, item.last - 1, stream.arrived)
     # The pages of tokens and then their scales, two tiles and one before their turn.
-    tile, carry = item.last - 1, []
+    tile, numbers = item.last - 1, scale_pages(item.last - 1)
     alike = [None if s.alike is None else s.alike[item.kv_head] for s in streams]
+    scales = tuple(scale(stream, numbers, tile) for stream in streams)
     for n, stream in enumerate(streams):
-        load(stream, alike[n], 0, scale(stream, scale_pages(stream, tile), tile))
+        load(stream, alike[n], 0, scales[n])
         if n == 0 and queries is not None:
             queries.load(item, i)
-        following = scale(stream, scale_pages(stream, tile - 1), tile - 1)
-        carry.append((following, scale_pages(stream, tile - 2)))
 
     def step(j, carry):
-        tile, following = item.last - 1 - j, []
-        for stream, same, (now, numbers) in zip(streams, alike, carry, strict=True):
-            coming = scale(stream, numbers, tile - 1)
-            following.append((coming, scale_pages(stream, tile - 2)))
+        scales, numbers = carry
+        tile = item.last - 1 - j
+        following = tuple(scale(stream, numbers, tile - 1) for stream in streams)
+        numbers = scale_pages(tile - 2)
+        for stream, same, now in zip(streams, alike, scales, strict=True):
             load(stream, same, j, now)
-        return tuple(following)
+        return following, numbers
 
-    lax.fori_loop(1, count, step, tuple(carry))
+    numbers = scale_pages(tile - 1)
+    scales = tuple(scale(stream, numbers, tile - 1) for stream in streams)
+    lax.fori_loop(1, count, step, (scales, scale_pages(tile - 2)))
     return done + count
 
 

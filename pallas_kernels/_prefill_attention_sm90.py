@@ -74,10 +74,11 @@ def kernel(
     items = schedule_gmem[cta, 0]
     bounds = (plan, offsets_gmem, query_lengths_gmem, lengths_gmem)
 
-    scales, blocks = narrow_gmem[: 6 * plan.token_scales], narrow_gmem[6 * plan.token_scales :]
+    of_scales = (6 if plan.page_scales else 4) if plan.token_scales else 0
+    scales, blocks = narrow_gmem[:of_scales], narrow_gmem[of_scales:]
 
     def stream(name, source, block, scale, clean):
-        pool, factors, alike = scale or (None, None, None)
+        pool, factors, alike = (*scale, None, None, None)[:3]
         buffers = (scratch.get(name + part) for part in STREAM_PARTS)
         return Stream(source, block, pool, factors, alike, clean, *buffers)
 

@@ -329,7 +329,10 @@ def _attend(
     scales = (np.ones((kv_heads,), np.float32),) * 2 if scales is None else scales
     pools = scales if scales[0].ndim > 1 else ()
     factors = tuple(_largest(x) if pools else x for x in scales)
-    relative = (*pools, *(1 / x for x in factors), *map(_alike, pools)) if pools else ()
+    relative = (*pools, *(1 / x for x in factors)) if pools else ()
+    page_scales = bool(pools) and pools[0].ndim == 2
+    if page_scales:
+        relative += tuple(jnp.all(x == x[:1], axis=0).astype(jnp.int32) for x in pools)
     for name, vector, size, dtype in (
         ("lengths", lengths, batch, jnp.int32),
         ("query_lengths", query_lengths, batch, jnp.int32),
@@ -360,6 +363,7 @@ def _attend(
         sinks=sinks is not None,
         narrow=page_dtype if narrow else None,
         token_scales=bool(pools),
+        page_scales=page_scales,
         ctas=min(num_sms, batch * q_heads * pl.cdiv(rows, Q_TILE)),
     )
     scale = dim**-0.5 if scale is None else scale
@@ -407,14 +411,6 @@ def _largest(scales: Array) -> Array:
     axes = (0, *range(2, scales.ndim))
     largest = jnp.max(jnp.where(jnp.isfinite(scales), scales, 0), axis=axes)
     return jnp.maximum(largest, float(jnp.finfo(jnp.float32).tiny))
-
-
-def _alike(scales: Array) -> Array:
-    """int32 [K]: whether a head's scales, of pages or of tokens, are one number."""
-    axes = (0, *range(2, scales.ndim))
-    return jnp.all(scales == scales[:1, :, *((slice(1),) * (scales.ndim - 2))], axis=axes).astype(
-        jnp.int32
-    )
 
 
 @functools.lru_cache(maxsize=256)
