@@ -235,12 +235,14 @@ def _load(i: int, pools, number, tile, slot, *, plan: Plan) -> tuple[list[Array]
 
 
 def _widen(loaded: tuple[list[Array], Array], target, valid):
-    """Writes a block as float16; tokens from `valid` on become zeros: what was never written may be NaN."""
+    """Writes a block as float16; tokens from `valid` on become zeros: codes and scales never written may be NaN."""
     codes, scales = loaded
     token = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=_LAYOUT.reduce(1))
     written = token < valid
-    # 2^-8 code is exact in float16, and scales from 2^-22 on are at full precision.
-    scales = jnp.minimum(scales * 2.0**8, MAX_SCALE).astype(jnp.float16)
+    # 2^-8 code is exact in float16, and scales from 2^-22 on are at full precision. A scale that is NaN, whose codes
+    # are masked or NaN themselves, becomes a number.
+    scales = scales * 2.0**8
+    scales = jnp.where(scales < MAX_SCALE, scales, MAX_SCALE).astype(jnp.float16)
     kept = jnp.where(written, jnp.int16(-1), jnp.int16(0))
     for i, x in enumerate(codes):
         scale, keep = (lax.broadcast_in_dim(v, x.shape, [0]) for v in (scales, kept))
@@ -248,7 +250,7 @@ def _widen(loaded: tuple[list[Array], Array], target, valid):
 
 
 def _products(codes: Array, scales: Array, kept: Array) -> Array:
-    """2^-8 code * scale in float16 where `kept` has all bits set, 0 where it has none."""
+    """2^-8 code * scale in float16, the codes masked by the bits of `kept`."""
 
     def widen(ctx, codes, scales, kept):
         del ctx
@@ -276,7 +278,8 @@ def _products(codes: Array, scales: Array, kept: Array) -> Array:
         return fa.FragmentedArray(_registers=registers, _layout=codes.layout, _is_signed=None)
 
     def reference(codes, scales, kept):
-        return jnp.where(kept != 0, codes.astype(jnp.float16) * jnp.float16(2.0**-8) * scales, 0)
+        codes = jnp.where(kept != 0, codes.astype(jnp.float16), 0)
+        return codes * jnp.float16(2.0**-8) * scales
 
     widen.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
     return plgpu.inline_mgpu(
