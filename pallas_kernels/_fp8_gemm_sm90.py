@@ -440,7 +440,7 @@ def _kernel(
                         left_smem.at[slot, piece],
                         right_smem.at[slot],
                         swizzle=swizzle,
-                        recycle=product,
+                        recycle=product if tiles.steps > 1 else None,
                     )
                     if j == len(sums) - 1:
                         plgpu.barrier_arrive(empty.at[slot])

@@ -359,7 +359,7 @@ def _multiply(tile: _Tile, steps, count, tokens: int, *, wg, gmem, smem, barrier
                 right_smem.at[slot, pl.ds(0, columns)],
                 swizzle=128,
                 tiled=False,
-                recycle=product,
+                recycle=product if gmem["w"].shape[2] > BLOCK_K else None,
             )
             if j == len(sums) - 1:
                 plgpu.barrier_arrive(empty.at[slot])

@@ -317,7 +317,8 @@ def _kernel(
                 for p, total in enumerate(sums):
                     weights = load_weights(slot, slot_block(p, mine), c)
                     if fp4:  # FP8 products are summed in fewer bits than float32 has: promote them
-                        product = fp8_register_product(weights, rights, recycle=product)
+                        recycle = product if k_steps > 1 else None
+                        product = fp8_register_product(weights, rights, recycle=recycle)
                         new_sums.append(lax.optimization_barrier(total + product))
                     else:
                         new_sums.append(mixed_accumulate(total, weights, rights[0]))

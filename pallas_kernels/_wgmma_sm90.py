@@ -6,6 +6,9 @@ second sum starts at zero, and spends a move for each of its registers and spill
 to 170 registers spilled for 64x128). Here the first instruction has scale-d = false: it ignores the register.
 
 Both products return complete sums (they wait), so a register operand may be overwritten afterwards.
+
+A product may take the registers of an earlier one, but not in a loop of one step: LLVM unrolls it, and ptxas (13.0 and
+13.5) then takes 0 + a of the first register of one product for that of the other.
 """
 
 import functools

@@ -333,7 +333,7 @@ def _kernel(
                     right_smem.at[slot],
                     swizzle=128,
                     tiled=False,
-                    recycle=product,
+                    recycle=product if steps > 1 else None,
                 )
                 column_scale = plgpu.load(
                     scale_smem.at[slot, pl.ds(config.rows, config.columns)], layout=layout.reduce(0)
