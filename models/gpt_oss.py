@@ -22,7 +22,7 @@ from qjax.nn import (
     Router,
     Routing,
     Tokens,
-    gated_product,
+    gated_mlp,
 )
 from qjax.ops import GatedActivation
 from qjax.recipe import QuantSpec
@@ -159,11 +159,11 @@ class ClampedExperts(Experts):
         x: Float[Array, "T D"],
         group_sizes: Int[Array, " E"],
         rows: Int[Array, " M"],
+        places: Int[Array, " M"],
     ) -> Float[Array, "M D"]:
-        """The experts' outputs in x's dtype for rows sorted by expert, `rows` the token of each."""
-        gate_up = product["gate_up_proj"]
-        hidden = gated_product(gate_up, None, x, group_sizes, rows, self.activation)
-        return product["down_proj"](hidden, group_sizes)
+        """The experts' outputs in x's dtype for rows sorted by expert; `expert_order` has rows and places."""
+        layers = product["gate_up_proj"], product["down_proj"]
+        return gated_mlp(*layers, x, group_sizes, rows, places, self.activation)
 
 
 class ClampedMoE(nnx.Module):

@@ -45,13 +45,13 @@ def store_rows(smem, out_gmem, token, weight, rows):
     """Stores the first `rows` rows (any number) of `smem`, in pieces of a power of two rows.
 
     Args:
-        smem: [tokens, 64].
+        smem: [tokens, columns].
         out_gmem: [T, N]; TMA cuts columns past its last.
         token: Where the first row goes.
         weight: Where the first column goes.
         rows: How many rows are stored; none if it is not positive.
     """
-    whole, columns = smem.shape[0], pl.ds(weight, 64)
+    whole, columns = smem.shape[0], pl.ds(weight, smem.shape[1])
 
     @pl.when(rows >= whole)
     def _():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,7 @@ def part_sums(parts: int, blocks: int, row_blocks: int, columns: int) -> dict:
     """
     if parts == 1:
         return {}
-    swizzle = plgpu.find_swizzle(min(columns, 32) * 32)
+    swizzle = plgpu.find_swizzle(math.gcd(columns, 32) * 32)
     return dict(
         sum_smem=plgpu.SMEM(
             (parts - 1, row_blocks, BLOCK, columns),

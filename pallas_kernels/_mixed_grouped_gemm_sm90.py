@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Literal
 
 import jax
@@ -14,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qjax.pallas_kernels._fp8_terms_sm90 import transposed_terms
 from qjax.pallas_kernels._grouped_tiles_sm90 import store_rows, tile_table
 from qjax.pallas_kernels._mixed_gemm_sm90 import part_sums
 from qjax.pallas_kernels._scaled_registers_sm90 import (
@@ -24,13 +26,14 @@ from qjax.pallas_kernels._scaled_registers_sm90 import (
 )
 from qjax.pallas_kernels._wgmma_sm90 import (
     fp8_register_product,
+    fp8_register_products,
     load_columns,
     mixed_accumulate,
 )
 from qjax.wgmma_layout import BLOCK, WORDS
 
 MAX_SMEM = 227 * 1024
-COLUMNS = (8, 16, 32, 64, 96, 120, 128)
+MAX_COLUMNS = 256
 # Of each math warpgroup, by their number: with the producer's 40 they fill the registers of an SM.
 _REGISTERS = {1: 232, 2: 232, 3: 152, 4: 104}
 
@@ -51,14 +54,22 @@ class GatedActivation:
     offset: float = 0.0
     limit: float | None = None
 
+    @property
+    def bound(self) -> float:
+        """The largest magnitude of a result; infinite without a limit."""
+        if self.limit is None:
+            return math.inf
+        # x * sigmoid(alpha * x) is least where alpha * x = -1.2785.
+        return max(self.limit, 0.2785 / self.alpha) * (self.limit + abs(self.offset))
+
 
 @dataclasses.dataclass(frozen=True)
 class MixedTileConfig:
     """How the product is cut.
 
     Attributes:
-        columns: Tokens of a tile, one of `COLUMNS`.
-        blocks: Warpgroups side by side along the weight's rows (1 or 2).
+        columns: Tokens of a tile, a multiple of 8 up to `MAX_COLUMNS`.
+        blocks: Warpgroups side by side along the weight's rows, 1 to 4.
         parts: Warpgroups for each of them, each with a part of a stage's columns; blocks * parts <= 4.
         pieces: Blocks of 64 rows of each warpgroup: 2 for a gated product, else 1 or 2.
         depth: Columns of K in a stage for each part, 64 or 128; 128 for FP4.
@@ -73,6 +84,14 @@ class MixedTileConfig:
     depth: int
     stages: int
     band: int = 8
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Tokens that are multiplied in tiles of few rows, of more, and of all: a group's last tile is a short one."""
+        columns = self.columns
+        if self.parts > 1 or columns < 64:
+            return (columns,)
+        return (_eights(columns / 4), _eights(columns / 2), columns)
 
     @property
     def step(self) -> int:
@@ -97,9 +116,13 @@ class MixedTileConfig:
         return self.stages * stage + epilogue + 8 * 1024
 
 
+def _eights(columns: float) -> int:
+    return 8 * math.ceil(columns / 8)
+
+
 def launch(
     x: tuple[Array, ...],
-    x_scale: Array | None,
+    x_scale: Array | float | None,
     weights,
     group_sizes: Array,
     *,
@@ -110,12 +133,13 @@ def launch(
     out_dtype,
     config: MixedTileConfig,
     num_sms: int,
-) -> Array:
+    out_scale: float | None = None,
+) -> Array | tuple[Array, Array]:
     """The product [T, n] of arguments that the callers checked; their docstrings tell the rest.
 
     Args:
         x: Arrays [T, K] whose sum meets the weights: one of 16 bits for INT4, one or two of FP8 for FP4.
-        x_scale: float32 [T + 128] multipliers of FP8 rows.
+        x_scale: Multipliers of FP8 rows, float32 [T + `MAX_COLUMNS`], or of all of them.
         weights: For each operand (codes, scale, global scale [E] or None, bias or None); a gated product of one
             takes its blocks by twos.
         group_sizes: int32 [E].
@@ -126,6 +150,7 @@ def launch(
         out_dtype: The output's dtype.
         config: Tiling.
         num_sms: SMs to run on.
+        out_scale: If given, the output is two FP8 terms of the product divided by it.
     """
     width, gated = min(group_size, 128), activation is not None
     rows = config.blocks if gated else config.row_blocks  # of an output tile, in blocks
@@ -133,8 +158,9 @@ def launch(
     table = tile_table(group_sizes, x[0].shape[:1], config.columns)
     workers = min(num_sms, table.shape[0] * tiles_n)
     operands = {"table": table, **{f"x{i}": term for i, term in enumerate(x)}}
-    if x_scale is not None:
-        operands["x_scale"] = x_scale
+    if isinstance(x_scale, Array):
+        operands["x_scale"], x_scale = x_scale, None
+    if element == "float4_e2m1fn":
         operands["tables"] = jnp.asarray(fp4_tables().view("int32").reshape(-1))
     for i, (codes, scale, global_scale, bias) in enumerate(weights):
         if element == "float4_e2m1fn":
@@ -154,10 +180,17 @@ def launch(
         scale_smem=plgpu.SMEM(
             (stages, config.row_blocks, config.step // width, BLOCK), operands["scale0"].dtype
         ),
-        out_smem=plgpu.SMEM((config.blocks, config.columns, BLOCK), out_dtype, transforms=swizzled),
         full=plgpu.Barrier(num_arrivals=chunks * len(x) + 2 * len(weights), num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
+    shape = (config.blocks, config.columns, BLOCK)
+    if out_scale is None:
+        outputs = [jax.ShapeDtypeStruct((x[0].shape[0], n), out_dtype)]
+        scratch["out0_smem"] = plgpu.SMEM(shape, out_dtype, transforms=swizzled)
+    else:  # pairs of FP8
+        outputs = [jax.ShapeDtypeStruct((x[0].shape[0], n // 2), jnp.int16)] * 2
+        for i in range(2):
+            scratch[f"out{i}_smem"] = plgpu.SMEM((*shape[:2], BLOCK // 2), jnp.int16)
     for i, term in enumerate(x):
         shape = (stages, chunks, config.columns, chunk)
         scratch[f"x{i}_smem"] = plgpu.SMEM(shape, term.dtype, transforms=swizzled)
@@ -173,14 +206,17 @@ def launch(
         activation=activation,
         tiles_n=tiles_n,
         workers=workers,
+        x_scale=x_scale,
+        out_scale=out_scale,
     )
 
     def kernel(*refs, **scratch):
-        body(dict(zip(operands, refs[:-1], strict=True)), refs[-1], scratch)
+        inputs, out = refs[: len(operands)], refs[len(operands) :]
+        body(dict(zip(operands, inputs, strict=True)), out, scratch)
 
-    return plgpu.kernel(
+    out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((x[0].shape[0], n), out_dtype),
+        out_type=outputs,
         grid=(workers,),
         grid_names=("worker",),
         num_threads=warpgroups + 1,
@@ -189,11 +225,19 @@ def launch(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(*operands.values())
+    if out_scale is None:
+        return out[0]
+    kinds = (jnp.float8_e4m3fn, jnp.float8_e5m2)
+    first, rest = (
+        lax.bitcast_convert_type(a, kind).reshape(a.shape[0], n)
+        for a, kind in zip(out, kinds, strict=True)
+    )
+    return first, rest
 
 
 def _kernel(
     gmem,
-    out_gmem,
+    out,
     smem,
     *,
     terms: int,
@@ -202,6 +246,8 @@ def _kernel(
     activation: GatedActivation | None,
     tiles_n: int,
     workers: int,
+    x_scale: float | None,
+    out_scale: float | None,
 ):
     table, groups = gmem["table"], gmem["codes0"].shape[0]
     full, empty, x_smem = smem["full"], smem["empty"], [smem[f"x{i}_smem"] for i in range(terms)]
@@ -286,10 +332,9 @@ def _kernel(
             plgpu.barrier_wait(empty.at[lax.rem(i, config.stages)])
 
     @pl.when(wg < warpgroups)
-    def math():
+    def multiply():
         plgpu.set_max_registers(_REGISTERS[warpgroups], action="increase")
         mine, k_part = lax.div(wg, config.parts), lax.rem(wg, config.parts)
-        shape = (BLOCK, config.columns)
 
         if fp4:
             plgpu.barrier_wait(smem["tables_full"])
@@ -305,33 +350,59 @@ def _kernel(
                 return fp4_weights(words, scales, smem["tables_smem"])
             return int4_weights(words, scales, x_smem[0].dtype)
 
-        def multiply_step(step, carry):
+        def multiply_step(columns, step, carry):
             del step
             count, sums = carry
+            # Sums, as many products, operands, and what else takes registers.
+            needed = config.pieces * (columns + 16) + 24
+            together = needed <= _REGISTERS[warpgroups]
             slot = lax.rem(count, config.stages)
             plgpu.barrier_wait(full.at[slot])
             product = None
             for i in range(config.depth // chunk):
                 c, new_sums = k_part * (config.depth // chunk) + i, []
-                rights = [ref.at[slot, c] for ref in x_smem]
+                rights = [ref.at[slot, c, pl.ds(0, columns)] for ref in x_smem]
+                def weights(p, slot=slot, c=c):
+                    return load_weights(slot, slot_block(p, mine), c)
+
+                # FP8 products are summed in fewer bits than float32 has: promote them.
+                if fp4 and together:
+                    lefts = tuple(weights(p) for p in range(len(sums)))
+                    products = fp8_register_products(lefts, rights)
+                    for total, product in zip(sums, products, strict=True):
+                        new_sums.append(lax.optimization_barrier(total + product))
+                    sums = tuple(new_sums)
+                    continue
                 for p, total in enumerate(sums):
-                    weights = load_weights(slot, slot_block(p, mine), c)
-                    if fp4:  # FP8 products are summed in fewer bits than float32 has: promote them
+                    if fp4:
                         recycle = product if k_steps > 1 else None
-                        product = fp8_register_product(weights, rights, recycle=recycle)
+                        product = fp8_register_product(weights(p), rights, recycle=recycle)
                         new_sums.append(lax.optimization_barrier(total + product))
                     else:
-                        new_sums.append(mixed_accumulate(total, weights, rights[0]))
+                        new_sums.append(mixed_accumulate(total, weights(p), rights[0]))
                 sums = tuple(new_sums)
             plgpu.barrier_arrive(empty.at[slot])
             return count + 1, sums
 
         def multiply_tile(i, scalars, steps, count):
-            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-            count, sums = lax.fori_loop(0, steps, multiply_step, (count, (zeros,) * config.pieces))
+            rows, widths = scalars[2], (-1, *config.widths)
+            for fewer, columns in itertools.pairwise(widths):
+                tile = functools.partial(multiply_columns, columns, i, scalars, steps, count)
+                if len(config.widths) == 1:
+                    tile()
+                else:
+                    pl.when((rows > fewer) & (rows <= columns))(tile)
+            return count + steps
+
+        def multiply_columns(columns, i, scalars, steps, count):
+            """A tile of which the first so many columns have tokens."""
+            zeros = jnp.zeros((BLOCK, columns), jnp.float32)
+            zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+            step = functools.partial(multiply_step, columns)
+            _, sums = lax.fori_loop(0, steps, step, (count, (zeros,) * config.pieces))
             if config.parts == 1:
                 finish(sums, scalars)
-                return count
+                return
             sum_smem, added, taken = smem["sum_smem"], smem["added"], smem["taken"]
 
             @pl.when(k_part > 0)
@@ -353,19 +424,21 @@ def _kernel(
                 plgpu.barrier_arrive(taken.at[mine])
                 finish(whole, scalars)
 
-            return count
-
         def finish(sums, scalars):
             group, first, rows, row = scalars
+            shape = sums[0].shape
             inside = lax.min(group, groups - 1)
 
             def scaled(p):
                 """The p-th sum with its scales and bias."""
                 total, operand = sums[p], p if operands == 2 else 0
                 if fp4:
-                    scales = load_columns(gmem["x_scale"].at[pl.ds(first, config.columns)])
-                    scales = scales * (gmem[f"global{operand}"][inside] * 2.0**-FP4_EXPONENT)
-                    total = total * lax.broadcast_in_dim(scales, shape, [1])
+                    factor = gmem[f"global{operand}"][inside] * 2.0**-FP4_EXPONENT
+                    if x_scale is None:
+                        scales = load_columns(gmem["x_scale"].at[pl.ds(first, shape[1])]) * factor
+                        total = total * lax.broadcast_in_dim(scales, shape, [1])
+                    else:
+                        total = total * (factor * x_scale)
                 if f"bias{operand}" in gmem:
                     # A row block past the last is computed, but TMA does not store it.
                     bias, block = gmem[f"bias{operand}"], row + mine
@@ -381,14 +454,20 @@ def _kernel(
                 return jnp.where(lax.broadcast(group, shape) >= groups, 0.0, total)
 
             def store(value, block):
-                value = plgpu.layout_cast(
-                    value.astype(out_gmem.dtype), plgpu.Layout.WGMMA_TRANSPOSED
-                )
-                buffer = smem["out_smem"].at[mine]
+                if out_scale is None:
+                    value = value.astype(out[0].dtype)
+                    values = [plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)]
+                else:
+                    values = transposed_terms(value * (1 / out_scale))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                buffer.T[...] = value
+                buffers = []
+                for i, value in enumerate(values):
+                    buffers.append(smem[f"out{i}_smem"].at[mine, pl.ds(0, shape[1])])
+                    buffers[i].T[...] = value
                 plgpu.commit_smem()
-                store_rows(buffer, out_gmem, first, (row + block + mine) * BLOCK, rows)
+                for buffer, gmem_out in zip(buffers, out, strict=True):
+                    column = (row + block + mine) * buffer.shape[1]
+                    store_rows(buffer, gmem_out, first, column, rows)
 
             if activation is not None:
                 store(_activate(scaled(0), scaled(1), activation), 0)

@@ -135,6 +135,36 @@ def fp8_register_product(left: Array, rights, *, recycle: Array | None = None) -
     return _inline(product, arg_types, (left, *rights), recycle, rights[0].shape[0])
 
 
+def fp8_register_products(lefts: tuple[Array, ...], rights) -> tuple[Array, ...]:
+    """`fp8_register_product` of each left operand, which wait for each other only once.
+
+    Args:
+        lefts: As there.
+        rights: As there.
+
+    Returns:
+        As there, of each.
+    """
+    types = [_PTX_TYPES[jnp.dtype(x.dtype).name] for x in (lefts[0], *rights)]
+
+    def product(ctx, *operands):
+        del ctx
+        lefts_, rights_ = operands[: len(lefts)], operands[len(lefts) :]
+        return tuple(_emit_several(lefts_, rights_, types))
+
+    def reference(*operands):
+        lefts_, rights_ = operands[: len(lefts)], operands[len(lefts) :]
+        return tuple(sum(_reference(left, right) for right in rights_) for left in lefts_)
+
+    product.interpret_impl = reference  # pyright: ignore[reportFunctionMemberAccess]
+    ref = plgpu.RefType((plgpu.SwizzleTransform(128),))
+    arg_types = (*(plgpu.Layout.WGMMA_8BIT for _ in lefts), *(ref for _ in rights))
+    shape = (64, rights[0].shape[0])
+    out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+    return_type = tuple(out for _ in lefts)
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)(product)(*lefts, *rights)
+
+
 def mixed_accumulate(total: Array, left: Array, right) -> Array:
     """total + left @ right.T in float32, the left operand in registers; total's registers hold the sum.
 
@@ -298,6 +328,52 @@ def _emit(
     signed = True if integers else None
     array = fa.FragmentedArray(_registers=values, _layout=layout, _is_signed=signed)
     return array.to_layout(fa.WGMMA_LAYOUT)
+
+
+def _emit_several(lefts, rights, types) -> list[fa.FragmentedArray]:
+    """The instructions of a product of each left operand in registers: those of all are in flight together."""
+    columns, depth = _shape(rights[0])[0], lefts[0].shape[1]
+    count, layout, f32 = columns // 2, fa.WGMMA_LAYOUT_ACC_32BIT, ir.F32Type.get()
+    i32 = ir.IntegerType.get_signless(32)
+    words = [utils.bitcast(r, i32) for left in lefts for r in left.registers.flat]
+    described = [_descriptor(r, 128, 1, columns, is_right=True)[0] for r in rights]
+    total, per_left = count * len(lefts), depth // 8
+    right_operand = total + len(words)
+    ptx = ["{", ".reg .pred add; .reg .b64 r;", "wgmma.fence.sync.aligned;"]
+    ptx.append("setp.ne.b32 add, 0, 0;")
+    for i in range(depth // _K_BYTES):
+        for j in range(len(rights)):
+            offset = mma_utils.encode_addr(i * _K_BYTES)
+            ptx.append(f"add.s64 r, ${right_operand + j}, {offset};")
+            for n in range(len(lefts)):
+                sums = ",".join(f"${n * count + c}" for c in range(count))
+                first = total + per_left * n + 4 * i
+                a = ",".join(f"${first + c}" for c in range(4))
+                ptx.append(
+                    f"wgmma.mma_async.sync.aligned.m64n{columns}k{_K_BYTES}.f32.{types[0]}.{types[1 + j]}"
+                    f" {{{sums}}}, {{{a}}}, r, add, 1, 1;"
+                )
+            if (i, j) == (0, 0):
+                ptx.append("setp.ne.b32 add, 1, 0;")
+    ptx += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
+    constraints = ["=f"] * total + ["r"] * len(words) + ["l"] * len(rights)
+    registers = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * total),
+        [*words, *described],
+        "\n".join(ptx),
+        ",".join(constraints),
+        has_side_effects=True,
+    )
+    arrays = []
+    for n in range(len(lefts)):
+        values = np.empty(count, dtype=object)
+        for i in range(count):
+            value = llvm.extractvalue(f32, registers, [n * count + i])
+            values[i] = vector.from_elements(ir.VectorType.get((1,), f32), [value])
+        values = values.reshape(layout.registers_shape((64, columns)))
+        array = fa.FragmentedArray(_registers=values, _layout=layout, _is_signed=None)
+        arrays.append(array.to_layout(fa.WGMMA_LAYOUT))
+    return arrays
 
 
 def _shape(ref: ir.Value) -> tuple[int, int]:

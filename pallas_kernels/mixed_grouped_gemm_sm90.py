@@ -42,7 +42,7 @@ from jax.typing import DTypeLike
 
 from qjax.pallas_kernels import fp8_split_sm90
 from qjax.pallas_kernels._mixed_grouped_gemm_sm90 import (
-    COLUMNS,
+    MAX_COLUMNS,
     MAX_SMEM,
     Element,
     GatedActivation,
@@ -51,6 +51,9 @@ from qjax.pallas_kernels._mixed_grouped_gemm_sm90 import (
 )
 from qjax.pallas_kernels.fp8_split_sm90 import fp8_split
 from qjax.wgmma_layout import BLOCK, WORDS
+
+WEIGHTS = 40
+"""As many tokens cost as much as the weights of a tile."""
 
 __all__ = [
     "MAX_SMEM",
@@ -111,11 +114,11 @@ class FP8Rows(NamedTuple):
 
     Attributes:
         terms: One or two arrays [T, K], float8_e4m3fn or float8_e5m2.
-        scale: float32 [T], or more: what follows is not read.
+        scale: float32 [T], or more: what follows is not read. Or one number for all rows.
     """
 
     terms: tuple[Array, ...]
-    scale: Array
+    scale: Array | float
 
 
 def choose_tiles(
@@ -126,13 +129,35 @@ def choose_tiles(
     Few tokens: a block of rows for each two warpgroups, which share K, so that each SM has many loads in
     flight. Many: two warpgroups with as many rows and tokens as registers hold.
     """
+    two = gated or rows > 48
     # Two float32 sums of 128 tokens and a product that is promoted to them are a little too much.
-    fits = [c for c in COLUMNS if c < 128 or element == "int4"]
-    columns = next((c for c in fits if c >= rows), fits[-1])
+    most = {(True, True): 120, (True, False): 128}.get((two, element != "int4"), 128)
+    options = [
+        _tiling(columns, gated, element, group_size) for columns in range(8, most + 1, 8)
+    ]
+    return min(options, key=lambda config: _work(config, rows))
+
+
+def _tiling(columns: int, gated: bool, element: Element, group_size: int) -> MixedTileConfig:
     pieces = 2 if gated or columns >= 64 else 1
     depth = 128 if element == "float4_e2m1fn" or group_size > 64 or columns == 64 else 64
-    parts = 2 if columns <= 32 else 1
-    return with_stages(MixedTileConfig(columns, 2, parts, pieces, depth, 2))
+    return with_stages(MixedTileConfig(columns, 2, 2 if columns <= 32 else 1, pieces, depth, 2))
+
+
+def _work(config: MixedTileConfig, rows: float) -> float:
+    """What a group of about so many rows costs: its tokens in tiles' widths, and the weights once for each tile.
+
+    Tokens choose experts at random, so that the rows of one are about Poisson distributed.
+    """
+    spread = range(max(int(rows - 4 * rows**0.5), 1), int(rows + 4 * rows**0.5) + 2)
+    cost = total = 0.0
+    for r in spread:
+        chance = math.exp(r * math.log(rows) - rows - math.lgamma(r + 1))
+        whole, rest = divmod(r, config.columns)
+        last = next((w for w in config.widths if w >= rest), 0) + WEIGHTS if rest else 0
+        cost += chance * (whole * (config.columns + WEIGHTS) + last)
+        total += chance
+    return cost / total
 
 
 def with_stages(config: MixedTileConfig) -> MixedTileConfig:
@@ -220,7 +245,8 @@ def mixed_gated_grouped_gemm(
     expected_rows: float | None = None,
     config: MixedTileConfig | None = None,
     num_sms: int | None = None,
-) -> Array:
+    fp8_terms: bool = False,
+) -> Array | FP8Rows:
     """The gated activation of two grouped products of the same x.
 
     Args:
@@ -236,13 +262,19 @@ def mixed_gated_grouped_gemm(
         expected_rows: As `mixed_grouped_gemm`'s.
         config: As `mixed_grouped_gemm`'s.
         num_sms: As `mixed_grouped_gemm`'s.
+        fp8_terms: Whether the result is two FP8 terms, as the next product of FP4 weights takes them. The
+            activation's limit settles their scale: numbers below 2^-14 of its bound lose bits.
 
     Returns:
-        [T, N] in out_dtype, rows past the groups zeros.
+        [T, N] in out_dtype, rows past the groups zeros; or the terms, T rounded up to 8.
 
     Raises:
-        ValueError: As `mixed_grouped_gemm`.
+        ValueError: As `mixed_grouped_gemm`, and for terms of an activation without a limit.
     """
+    if fp8_terms and activation.limit is None:
+        raise ValueError(
+            f"mixed_gated_grouped_gemm: FP8 terms need an activation with a limit; found {activation}"
+        )
     return _grouped(
         "mixed_gated_grouped_gemm",
         x,
@@ -255,6 +287,7 @@ def mixed_gated_grouped_gemm(
         expected_rows=expected_rows,
         config=config,
         num_sms=num_sms,
+        out_scale=2.0 ** -math.floor(math.log2(448 / activation.bound)) if fp8_terms else None,
     )
 
 
@@ -271,7 +304,8 @@ def _grouped(
     expected_rows,
     config,
     num_sms,
-) -> Array:
+    out_scale=None,
+):
     out_dtype = jnp.dtype(out_dtype)
     n = weights[0].codes.shape[1] * BLOCK
     rows, k = x.terms[0].shape if isinstance(x, FP8Rows) else x.shape
@@ -295,8 +329,8 @@ def _grouped(
     terms, scale = x if isinstance(x, FP8Rows) else ((x,), None)
     if terms[0].shape[0] % 8:  # TMA wants the array's rows in whole tiles
         terms = tuple(jnp.pad(t, ((0, -rows % 8), (0, 0))) for t in terms)
-    needed = terms[0].shape[0] + COLUMNS[-1]
-    if scale is not None and scale.shape[0] < needed:  # plain loads know no bounds
+    needed = terms[0].shape[0] + MAX_COLUMNS
+    if isinstance(scale, Array) and scale.shape[0] < needed:  # plain loads know no bounds
         scale = jnp.pad(scale, (0, needed - scale.shape[0]))
     out = launch(
         terms,
@@ -310,8 +344,9 @@ def _grouped(
         out_dtype=out_dtype,
         config=config,
         num_sms=jax.devices()[0].core_count if num_sms is None else num_sms,
+        out_scale=out_scale,
     )
-    return out[:rows]
+    return out[:rows] if out_scale is None else FP8Rows(out, out_scale)
 
 
 def _check(op, x, k, weights, group_sizes, n, element, group_size, out_dtype) -> None:

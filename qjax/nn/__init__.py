@@ -5,7 +5,7 @@ from qjax.nn._causal_lm import CausalLM, Decoder, quantizable, resolve
 from qjax.nn._latent_attention import LatentAttention
 from qjax.nn._linear import Embedding, Linear, RMSNorm, sharded_dot
 from qjax.nn._mlp import GatedMLP
-from qjax.nn._moe import ExpertLinear, Experts, MoE, gated_product
+from qjax.nn._moe import ExpertLinear, Experts, MoE, gated_mlp
 from qjax.nn._params import (
     ActivationScale,
     Adapter,
@@ -48,7 +48,7 @@ __all__ = [
     "abstract_param",
     "abstract_weight",
     "attend",
-    "gated_product",
+    "gated_mlp",
     "initialize",
     "modules",
     "prepack",

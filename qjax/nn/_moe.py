@@ -29,6 +29,7 @@ from qjax.ops import (
     expert_order,
     gated_activation,
     gated_ragged_dot,
+    gated_ragged_mlp,
     ragged_dot,
     straight_through,
 )
@@ -247,6 +248,39 @@ def gated_product(
     )
 
 
+def gated_mlp(
+    gate_up: LocalExperts,
+    down: LocalExperts,
+    x: Float[Array, "T K"],
+    group_sizes: Int[Array, " E"],
+    rows: Int[Array, " M"],
+    places: Int[Array, " M"],
+    activation: GatedActivation = SILU,
+) -> Float[Array, "M K"]:
+    """down's product of the gated activation of an `alternating` layer; arguments as `gated_product`'s.
+
+    `places` is where the rows of each token in turn come.
+    """
+    if gate_up.layer.activation_format is not None or down.layer.activation_format is not None:
+        hidden = gated_product(gate_up, None, x, group_sizes, rows, activation)
+        return down(hidden, group_sizes)
+    _, options = gate_up.layer.local_arguments(gate_up.operands, x)
+    _, down_options = down.layer.local_arguments(down.operands, x)
+    return gated_ragged_mlp(
+        x,
+        gate_up.operands[0],
+        None,
+        down.operands[0],
+        group_sizes,
+        rows=rows,
+        places=places,
+        activation=activation,
+        bias=options["bias"],
+        down_bias=down_options["bias"],
+        implementation=options["implementation"],
+    )
+
+
 def _shared_scale(
     x: Array, activation: ActivationFormat, scale: Array | None, sharding: Sharding
 ) -> tuple[ActivationFormat, Array | None]:
@@ -343,8 +377,10 @@ class Experts(nnx.Module):
         x: Float[Array, "T D"],
         group_sizes: Int[Array, " E"],
         rows: Int[Array, " M"],
+        places: Int[Array, " M"],
     ) -> Float[Array, "M D"]:
-        """The experts' outputs in x's dtype for rows sorted by expert, `rows` the token of each."""
+        """The experts' outputs in x's dtype for rows sorted by expert; `expert_order` has rows and places."""
+        del places
         hidden = gated_product(product["gate_proj"], product["up_proj"], x, group_sizes, rows)
         return product["down_proj"](hidden, group_sizes)
 
@@ -385,9 +421,13 @@ class Experts(nnx.Module):
             expert = expert - jax.lax.axis_index(self.expert_axis) * count
             expert = jnp.where((expert >= 0) & (expert < count), expert, count)
         rows, places, group_sizes = expert_order(expert, count)
-        y = self.feed_forward(product, x.reshape(-1, d), group_sizes, rows)
-        y = jnp.take(y, places, axis=0, mode="clip").reshape(b, t, k, d).astype(jnp.float32)
-        return jnp.sum(y * weights.astype(jnp.float32)[..., None], axis=2)
+        y = self.feed_forward(product, x.reshape(-1, d), group_sizes, rows, places)
+        places, weights = places.reshape(-1, k), weights.reshape(-1, k).astype(jnp.float32)
+        out = 0.0
+        for j in range(k):  # XLA makes one kernel of these, but two of a gather of all and a sum
+            rows = jnp.take(y, places[:, j], axis=0, mode="clip").astype(jnp.float32)
+            out += rows * weights[:, j, None]
+        return out.reshape(b, t, d)
 
 
 class MoE(nnx.Module):

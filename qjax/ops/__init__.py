@@ -7,6 +7,7 @@ from qjax.ops._dot import dot, straight_through
 from qjax.ops._dot_kernels import AMPERE, prepack, prepackable
 from qjax.ops._expert_order import expert_order
 from qjax.ops._fp8_training import GRADIENT_ELEMENTS, fp8_dot
+from qjax.ops._gated_mlp import gated_ragged_mlp
 from qjax.ops._gated_ragged_dot import gated_ragged_dot
 from qjax.ops._kv_cache_write import Rotation, kv_cache_write, rotate, write_pages
 from qjax.ops._latent_attention import latent_attention
@@ -36,6 +37,7 @@ __all__ = [
     "fp8_dot",
     "gated_activation",
     "gated_ragged_dot",
+    "gated_ragged_mlp",
     "gather_pages",
     "kv_cache_write",
     "latent_attention",

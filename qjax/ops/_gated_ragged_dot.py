@@ -72,10 +72,10 @@ def gated_ragged_dot(
             f"pass up=None; found up {list(up.shape)}"
         )
     out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
-    if implementation != "xla" and _one_kernel(gate, up):
+    if implementation != "xla" and one_kernel(gate, up):
         inputs = activation_format
         if not unsupported_reason(lhs, gate, activation_format=inputs, out_dtype=out_dtype):
-            run: Any = _product if isinstance(lhs, QArray) else _differentiable
+            run: Any = gated_product if isinstance(lhs, QArray) else _differentiable
             static = (activation, activation_format, out_dtype.name)
             return run(static, lhs, rows, gate, up, group_sizes, bias)
     return _unfused(
@@ -93,7 +93,7 @@ def gated_ragged_dot(
     )
 
 
-def _one_kernel(gate: Array | QArray, up: Array | QArray | None) -> bool:
+def one_kernel(gate: Array | QArray, up: Array | QArray | None) -> bool:
     """Whether the storages are those of one kernel for both products."""
     if not isinstance(gate, QArray) or isinstance(up, Array):
         return False
@@ -118,11 +118,22 @@ def _gathered(lhs, rows):
     return jnp.take(lhs, rows, axis=0, mode="clip")  # checked bounds would be a kernel of their own
 
 
-def _product(static, lhs, rows, gate: QArray, up: QArray | None, group_sizes, bias) -> Array:
-    """Both products and the activation by one kernel."""
+def gated_product(
+    static,
+    lhs,
+    rows,
+    gate: QArray,
+    up: QArray | None,
+    group_sizes,
+    bias,
+    *,
+    places=None,
+    fp8_terms=False,
+) -> Any:
+    """Both products and the activation by one kernel; `static` is the activation, inputs' format and output's dtype."""
     activation, activation_format, out_dtype = static
     if rows is not None and (gate.format.element, activation_format) == ("float4_e2m1fn", None):
-        *terms, scale = fp8_split(lhs, rows)
+        *terms, scale = fp8_split(lhs, rows) if places is None else fp8_split(lhs, places=places)
         x = FP8Rows(tuple(terms), scale)
     else:
         x = mixed_rows(_gathered(lhs, rows), activation_format)
@@ -136,18 +147,19 @@ def _product(static, lhs, rows, gate: QArray, up: QArray | None, group_sizes, bi
         out_dtype=out_dtype,
         expected_rows=count / gate.shape[0],
         num_sms=num_sms(),
+        fp8_terms=fp8_terms,
         **mixed_options(gate),
     )
-    return out[:count]
+    return out if isinstance(out, FP8Rows) else out[:count]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(static, *operands):
-    return _product(static, *operands)
+    return gated_product(static, *operands)
 
 
 def _forward(static, *operands):
-    return _product(static, *operands), operands
+    return gated_product(static, *operands), operands
 
 
 def _backward(static, residuals, g):

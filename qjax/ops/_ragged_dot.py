@@ -14,6 +14,7 @@ from qjax.ops._dispatch import choose, device_reason, num_sms
 from qjax.ops._dot import straight_through
 from qjax.ops._dot_kernels import describe, fp8_pair, prepackable, quantized_operand
 from qjax.pallas_kernels import fp8_grouped_gemm_sm90, mixed_grouped_gemm_sm90
+from qjax.pallas_kernels.mixed_grouped_gemm_sm90 import FP8Rows
 from qjax.qarray import QArray, decode_scale, dequantize_stored
 from qjax.quantization import quantize_activation
 from qjax.wgmma_layout import pair_rows, unpair_rows
@@ -60,7 +61,7 @@ def ragged_dot(
             lhs, rhs, activation_format=activation_format, out_dtype=out_dtype
         )
         if choose("ragged_dot", implementation, reason) == "pallas_mosaic_gpu":
-            run = _product if isinstance(lhs, QArray) else _differentiable
+            run = grouped_product if isinstance(lhs, QArray) else _differentiable
             return run((activation_format, out_dtype.name), lhs, rhs, group_sizes, bias)
     expert = expert_of_rows(group_sizes, lhs.shape[0])
     inside = (expert < rhs.shape[0])[:, None]
@@ -137,10 +138,9 @@ def _mixed_reason(lhs, rhs: QArray, inputs, out_dtype) -> str | None:
     )
 
 
-def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
+def grouped_product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
     """By a kernel; `static` is the activation format and the name of the output's dtype."""
     activation_format, out_dtype = static
-    rows = lhs.shape[0]
     if rhs.format.ordered:
         pairs = rhs.format.storage == "wgmma8_pairs"
         if pairs and bias is not None:
@@ -154,6 +154,7 @@ def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
             **mixed_options(rhs),
         )
         return unpair_rows(y.T).T if pairs else y
+    rows = lhs.shape[0]
     codes, x_scale = quantized_operand(lhs, activation_format, None)
     w_scale = decode_scale(rhs.scale)
     inputs = lhs.format if isinstance(lhs, QArray) else activation_format.format
@@ -180,12 +181,12 @@ def _product(static, lhs, rhs: QArray, group_sizes, bias) -> Array:
     return y[:rows]
 
 
-def mixed_rows(lhs, activation_format) -> Array | mixed_grouped_gemm_sm90.FP8Rows:
+def mixed_rows(lhs, activation_format) -> Array | FP8Rows:
     """lhs as the kernel of 4-bit experts reads it."""
-    if activation_format is None and not isinstance(lhs, QArray):
+    if isinstance(lhs, FP8Rows) or (activation_format is None and not isinstance(lhs, QArray)):
         return lhs
     codes, scale = quantized_operand(lhs, activation_format, None)
-    return mixed_grouped_gemm_sm90.FP8Rows((codes[: lhs.shape[0]],), scale)
+    return FP8Rows((codes[: lhs.shape[0]],), scale)
 
 
 def mixed_weights(rhs: QArray, bias=None) -> mixed_grouped_gemm_sm90.GroupedWeights:
@@ -201,11 +202,11 @@ def mixed_options(rhs: QArray) -> dict[str, Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(static, lhs, rhs, group_sizes, bias):
-    return _product(static, lhs, rhs, group_sizes, bias)
+    return grouped_product(static, lhs, rhs, group_sizes, bias)
 
 
 def _forward(static, lhs, rhs, group_sizes, bias):
-    return _product(static, lhs, rhs, group_sizes, bias), (lhs, rhs, group_sizes, bias)
+    return grouped_product(static, lhs, rhs, group_sizes, bias), (lhs, rhs, group_sizes, bias)
 
 
 def _backward(static, residuals, g):

@@ -36,6 +36,9 @@ def test_numbers(k):
     check(found, x, ROWS)
     with testing.interpret():
         check(fp8_split(x), x, np.arange(5))
+        places = np.random.default_rng(k).permutation(10)
+        found = fp8_split(x, places=jnp.asarray(places, jnp.int32))
+    check(found, x, np.argsort(places) // 2)
 
 
 def test_terms_hold_bfloat16():
@@ -69,13 +72,17 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=f"fp8_split: .*{message}"):
             fp8_split(wrong)
+    with pytest.raises(ValueError, match="as many for each row of x; found 3 for 2"):
+        fp8_split(x, places=jnp.arange(3))
 
 
 @pytest.mark.skipif(not testing.ptxas_available(), reason="needs the aot extra")
 def test_ptxas_does_not_spill():
     rows = jax.ShapeDtypeStruct((256,), jnp.int32)
     shapes = [jax.ShapeDtypeStruct((64, k), jnp.bfloat16) for k in (2880, 16384)]
-    for (report,) in testing.ptxas_reports([(fp8_split, (x, rows)) for x in shapes]):
+    jobs = [(fp8_split, (x, rows)) for x in shapes]
+    jobs += [(lambda x, places: fp8_split(x, places=places), (x, rows)) for x in shapes]
+    for (report,) in testing.ptxas_reports(jobs):
         report.check()
         assert report.stack_bytes == 0
 
@@ -86,3 +93,6 @@ def test_gpu_has_the_same_bits(k):
     x = activations(300, k)
     rows = np.random.default_rng(0).integers(0, 300, 1001)
     check(jax.jit(fp8_split)(x, jnp.asarray(rows, jnp.int32)), x, rows)
+    places = np.random.default_rng(1).permutation(1200)
+    found = jax.jit(lambda x, places: fp8_split(x, places=places))(x, jnp.int32(places))
+    check(found, x, np.argsort(places) // 4)

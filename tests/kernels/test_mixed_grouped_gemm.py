@@ -156,20 +156,30 @@ def test_gated_numbers(sizes, activation, config, together):
     else:
         (gate, first), (up, second) = (weights(groups, n, k, seed=s, scales=MODEST) for s in (1, 2))
         values, biases = (first, second), (gate.bias, up.bias)
+    run = functools.partial(
+        mixed_gated_grouped_gemm,
+        x,
+        gate,
+        up,
+        jnp.int32(sizes),
+        activation=activation,
+        config=config,
+        num_sms=3,
+        **options({}),
+    )
     with testing.interpret():
-        out = mixed_gated_grouped_gemm(
-            x,
-            gate,
-            up,
-            jnp.int32(sizes),
-            activation=activation,
-            config=config,
-            num_sms=3,
-            **options({}),
-        )
+        out = run()
     products = [reference(x, v, b, sizes) for v, b in zip(values, biases, strict=True)]
     inside = (np.arange(x.shape[0]) < sum(sizes))[:, None]
     expected = gated_reference(*products, activation, inside)
+    if activation.limit is not None:  # a second time, as FP8 terms
+        with testing.interpret():
+            terms, scale = run(fp8_terms=True)
+        assert (out.shape[0] + 7) // 8 * 8 == terms[0].shape[0]
+        whole = sum(np.asarray(t, np.float32) for t in terms)[: out.shape[0]] * scale
+        error = np.abs(whole - expected)
+        assert (error <= 2.0**-8 * np.abs(expected) + 2e-5 * np.abs(expected).max()).all()
+        assert (whole[sum(sizes) :] == 0).all()
     rounding = 2.0**-8 * np.abs(expected)  # of bf16; a few large numbers dominate the norm here
     error = np.abs(np.asarray(out, np.float32) - expected)
     assert (error <= rounding + 2e-5 * np.abs(expected).max()).all()

@@ -10,7 +10,7 @@ import pytest
 import qjax
 from qjax import testing
 from qjax.formats import ActivationFormat, qformat
-from qjax.ops import GatedActivation, gated_ragged_dot, ragged_dot
+from qjax.ops import GatedActivation, gated_ragged_dot, gated_ragged_mlp, ragged_dot
 from qjax.ops._dispatch import simulate_gpu
 from qjax.quantization import quantize, quantize_activation
 
@@ -174,7 +174,7 @@ CLAMPED = GatedActivation(alpha=1.702, offset=1.0, limit=1.5)
 
 @pytest.mark.parametrize("inputs", [None, "fp8_e4m3_channel"])
 def test_alternating_experts_meet_one_kernel(inputs):
-    n, k, rows = 64, 256, 17
+    n, k, rows = 128, 256, 17
     keys = jax.random.split(jax.random.key(8), 4)
     lhs = jax.random.normal(keys[0], (rows, k)).astype(jnp.bfloat16)
     w = quantize((jax.random.normal(keys[1], (E, 2 * n, k)) / 8).astype(jnp.bfloat16), "mxfp4")
@@ -193,15 +193,14 @@ def test_alternating_experts_meet_one_kernel(inputs):
 
     def loss(x, bias, w):
         y = gated_ragged_dot(x, w, None, sizes, bias=bias, **options)
-        return jnp.sum(y.astype(jnp.float32) * cotangent)
+        return jnp.sum(y.astype(jnp.float32) * cotangent), y
 
-    gradients = jax.grad(loss, (0, 1))(lhs, bias, w)
+    gradients, _ = jax.grad(loss, (0, 1), has_aux=True)(lhs, bias, w)
     packed = qjax.prepack(w, pairs=True)
     assert packed.format.storage == "wgmma8_pairs"
     np.testing.assert_array_equal(packed.dequantize(), w.dequantize())
     with testing.interpret(), simulate_gpu(), qjax.require_kernels():
-        y = gated_ragged_dot(lhs, packed, None, sizes, bias=bias, **options)
-        found = jax.grad(loss, (0, 1))(lhs, bias, packed)
+        found, y = jax.grad(loss, (0, 1), has_aux=True)(lhs, bias, packed)
     np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-7)
     for one, other in zip(found, gradients, strict=True):
         np.testing.assert_allclose(
@@ -209,8 +208,36 @@ def test_alternating_experts_meet_one_kernel(inputs):
         )
     plain = gated_ragged_dot(lhs.astype(jnp.float32), w, None, sizes, bias=bias, **options)
     np.testing.assert_allclose(plain, expected, rtol=1e-4, atol=1e-4)
+    if inputs is None:
+        hidden_stays_fp8(lhs, w, packed, sizes, bias, expected)
     with pytest.raises(ValueError, match="pass up=None"):
         gated_ragged_dot(lhs, w, w, sizes, bias=bias)
+
+
+def hidden_stays_fp8(lhs, w, packed, sizes, bias, hidden):
+    """The whole layer, with a product that takes the hidden values `hidden`."""
+    keys = jax.random.split(jax.random.key(9), 3)
+    down = quantize(jax.random.normal(keys[0], (E, 128, hidden.shape[1])) / 4, "mxfp4")
+    down = dataclasses.replace(down, dtype="bfloat16")
+    bias2 = jax.random.normal(keys[1], (E, 128)).astype(jnp.bfloat16)
+    cotangent = jax.random.normal(keys[2], (lhs.shape[0], 128))
+
+    def loss(x, bias, bias2, *w):
+        options = dict(activation=CLAMPED, bias=bias, down_bias=bias2)
+        y = gated_ragged_mlp(x, w[0], None, w[1], sizes, **options).astype(jnp.float32)
+        return jnp.sum(y * cotangent), y
+
+    run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    (_, unfused), gradients = run(lhs, bias, bias2, w, down)
+    kernels = packed, qjax.prepack(down)
+    with testing.interpret(), simulate_gpu(), qjax.require_kernels():
+        (_, y), found = run(lhs, bias, bias2, *kernels)
+    expected = _loop(hidden, down.dequantize(), bias2)
+    np.testing.assert_allclose(y, expected, rtol=2**-7, atol=2**-6)
+    np.testing.assert_allclose(unfused, expected, rtol=2**-6, atol=2**-4)
+    for one, other in zip(found, gradients, strict=True):
+        one, other = (np.asarray(g, np.float32) for g in (one, other))
+        assert np.linalg.norm(one - other) <= 2**-6 * np.linalg.norm(other)
 
 
 @pytest.mark.parametrize("format", ["mxfp4", BF16_SCALES])
