@@ -467,7 +467,9 @@ def _kernel(
                 plgpu.commit_smem()
                 for buffer, gmem_out in zip(buffers, out, strict=True):
                     column = (row + block + mine) * buffer.shape[1]
-                    store_rows(buffer, gmem_out, first, column, rows)
+                    # Copies of one row are not cut at the row's end, as those of several are.
+                    mine_rows = jnp.where(column < gmem_out.shape[1], rows, 0)
+                    store_rows(buffer, gmem_out, first, column, mine_rows)
 
             if activation is not None:
                 store(_activate(scaled(0), scaled(1), activation), 0)

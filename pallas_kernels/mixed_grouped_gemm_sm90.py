@@ -10,7 +10,7 @@ bits go in as two FP8 terms (`fp8_split_sm90`): e4m3 keeps a number's first four
 bfloat16 is lost but what is 2^-21 times the row's largest. Activations that were quantized to e4m3 are one term, at
 twice the speed. INT4 weights meet 16-bit tensor cores.
 
-The tile is the transpose of the output's, 64 weight rows by up to 128 tokens for each block, and a line of the
+The tile is the transpose of the output's, 64 weight rows by some tokens for each block, and a line of the
 table that `_grouped_tiles_sm90` describes: a tile starts wherever its group starts, and rows that belong to the
 next group are multiplied but not stored. Weights are scaled in registers:
 
@@ -53,7 +53,7 @@ from qjax.pallas_kernels.fp8_split_sm90 import fp8_split
 from qjax.wgmma_layout import BLOCK, WORDS
 
 WEIGHTS = 40
-"""As many tokens cost as much as the weights of a tile."""
+"""As many tokens cost as much as the weights of a tile, on an H200."""
 
 __all__ = [
     "MAX_SMEM",
@@ -127,21 +127,31 @@ def choose_tiles(
     """The tiling for so many rows of each group that has any.
 
     Few tokens: a block of rows for each two warpgroups, which share K, so that each SM has many loads in
-    flight. Many: two warpgroups with as many rows and tokens as registers hold.
+    flight. More: three warpgroups with two blocks each, so that two can scale weights while one multiplies; of
+    one product, where each expert has many, two with as many tokens as registers hold.
     """
-    two = gated or rows > 48
-    # Two float32 sums of 128 tokens and a product that is promoted to them are a little too much.
-    most = {(True, True): 120, (True, False): 128}.get((two, element != "int4"), 128)
-    options = [
-        _tiling(columns, gated, element, group_size) for columns in range(8, most + 1, 8)
-    ]
-    return min(options, key=lambda config: _work(config, rows))
+    few = rows <= 20
+    columns = range(8, 33, 8) if few else range(40, MAX_COLUMNS, 8)
+    options = [_tiling(c, rows, element, gated, group_size) for c in columns]
+    return min((c for c in options if c is not None), key=lambda config: _work(config, rows))
 
 
-def _tiling(columns: int, gated: bool, element: Element, group_size: int) -> MixedTileConfig:
-    pieces = 2 if gated or columns >= 64 else 1
+def _tiling(
+    columns: int, rows: float, element: Element, gated: bool, group_size: int
+) -> MixedTileConfig | None:
+    """The tiling of so many columns, None if there is none."""
+    if columns <= 32:
+        shape = 2, 2, 2 if gated or rows > 4 else 1
+    elif element == "int4":
+        shape = (2, 1, 2) if columns <= 128 else None
+    elif columns <= 72:  # more would spill
+        shape = 3, 1, 2
+    else:
+        shape = (2, 1, 1) if 128 <= columns <= 176 and not gated else None
+    if shape is None:
+        return None
     depth = 128 if element == "float4_e2m1fn" or group_size > 64 or columns == 64 else 64
-    return with_stages(MixedTileConfig(columns, 2, 2 if columns <= 32 else 1, pieces, depth, 2))
+    return with_stages(MixedTileConfig(columns, *shape, depth, 2))
 
 
 def _work(config: MixedTileConfig, rows: float) -> float:
@@ -149,13 +159,15 @@ def _work(config: MixedTileConfig, rows: float) -> float:
 
     Tokens choose experts at random, so that the rows of one are about Poisson distributed.
     """
+    # Where a CTA has fewer weights, it has them for more tiles; a short tile's tokens are all loaded.
+    weights = (WEIGHTS if config.pieces == 2 else 1.5 * WEIGHTS) + config.columns / 3
     spread = range(max(int(rows - 4 * rows**0.5), 1), int(rows + 4 * rows**0.5) + 2)
     cost = total = 0.0
     for r in spread:
         chance = math.exp(r * math.log(rows) - rows - math.lgamma(r + 1))
         whole, rest = divmod(r, config.columns)
-        last = next((w for w in config.widths if w >= rest), 0) + WEIGHTS if rest else 0
-        cost += chance * (whole * (config.columns + WEIGHTS) + last)
+        last = next(w for w in config.widths if w >= rest) + weights if rest else 0
+        cost += chance * (whole * (config.columns + weights) + last)
         total += chance
     return cost / total
 

@@ -212,7 +212,7 @@ def test_one_fp8_term():
     assert relative_error(out, reference(x, values, parts.bias, sizes)) <= 2e-3
 
 
-BENCHMARKED = [1, 2, 8, 12, 32, 64, 128, 512]  # rows of a group
+BENCHMARKED = [1, 16, 32, 128, 512]  # rows of a group
 
 
 @pytest.mark.skipif(not testing.ptxas_available(), reason="needs the aot extra")
@@ -220,7 +220,7 @@ def test_ptxas_neither_spills_nor_serializes():
     jobs = {}
     for rows in BENCHMARKED:
         for gated in (False, True):
-            for kind in ("one", "two", "int4"):
+            for kind in ("one", "two", "int4") if rows == 128 else ("two", "int4"):
                 element = "int4" if kind == "int4" else "float4_e2m1fn"
                 config = choose_tiles(rows, element=element, gated=gated)
                 n = 5760 if gated and kind != "int4" else 2880
@@ -256,8 +256,11 @@ def job(rows, n, k, kind, *, gated):
     def run(*leaves):
         x, w, sizes = jax.tree.unflatten(tree, leaves)
         if gated:  # FP4 weights as GPT-OSS has them, INT4 ones as Kimi K2
-            up = w if kind == "int4" else None
-            return mixed_gated_grouped_gemm(x, w, up, sizes, activation=GPT_OSS, **keep)
+            up, terms = w if kind == "int4" else None, kind == "two"
+            out = mixed_gated_grouped_gemm(
+                x, w, up, sizes, activation=GPT_OSS, fp8_terms=terms, **keep
+            )
+            return out.terms if isinstance(out, FP8Rows) else out
         return mixed_grouped_gemm(x, w, sizes, **keep)
 
     return run, jax.tree.leaves(jax.eval_shape(arguments))
@@ -270,7 +273,7 @@ def test_chosen_tiles_fit():
                 config = choose_tiles(rows, element=element, gated=gated)
                 assert config.smem_bytes() <= MAX_SMEM
                 assert config.stages >= 3
-                assert config.columns >= min(rows, 120)
+                assert config.columns >= min(rows, 72)
 
 
 def test_bad_arguments_are_named():
@@ -323,3 +326,9 @@ def test_gpu_matches_the_reference(rows, element):
     products = (reference(x, v, b, sizes) for v, b in zip(*of_pairs(parts, values), strict=True))
     expected = gated_reference(*products, GPT_OSS, inside)
     assert relative_error(out, expected) <= TOLERANCE[element]
+    if element == "float4_e2m1fn":
+        terms, scale = jax.jit(functools.partial(run, fp8_terms=True))(
+            x, parts, None, jnp.int32(sizes)
+        )
+        out = sum(np.asarray(t, np.float32) for t in terms)[: x.shape[0]] * scale
+        assert relative_error(out, expected) <= TOLERANCE[element]
