@@ -362,6 +362,7 @@ def _kernel(
             for i in range(config.depth // chunk):
                 c, new_sums = k_part * (config.depth // chunk) + i, []
                 rights = [ref.at[slot, c, pl.ds(0, columns)] for ref in x_smem]
+
                 def weights(p, slot=slot, c=c):
                     return load_weights(slot, slot_block(p, mine), c)
 

@@ -32,7 +32,7 @@ operand that alternate.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -317,7 +317,7 @@ def _grouped(
     config,
     num_sms,
     out_scale=None,
-):
+) -> Any:
     out_dtype = jnp.dtype(out_dtype)
     n = weights[0].codes.shape[1] * BLOCK
     rows, k = x.terms[0].shape if isinstance(x, FP8Rows) else x.shape

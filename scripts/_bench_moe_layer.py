@@ -49,12 +49,14 @@ def mixture(experts: int) -> gpt_oss.ClampedMoE:
         return scale * jax.random.normal(next(keys), shape, jnp.bfloat16)
 
     layer.router.weight.set_value(normal((experts, HIDDEN), HIDDEN**-0.5))
+    assert layer.router.bias is not None
     layer.router.bias.set_value(normal((experts,), 0.1))
     for linear, pairs in ((layer.experts.gate_up_proj, True), (layer.experts.down_proj, False)):
         n = HIDDEN * (1 + pairs)
         linear.weight.set_value(
             jax.jit(_weight, static_argnums=(0, 1, 2))(experts, n, pairs, next(keys))
         )
+        assert linear.bias is not None
         linear.bias.set_value(normal((experts, n), 0.1))
     return layer
 
@@ -68,9 +70,7 @@ def _weight(experts: int, n: int, pairs: bool, key: jax.Array) -> QArray:
     codes = jax.lax.map(
         lambda key: jax.random.bits(key, (n, k // 2), jnp.uint8), jax.random.split(keys[1], experts)
     )
-    return to_wgmma(
-        QArray.from_parts(format, codes, scale.astype(format.scale_dtype)), pairs=pairs
-    )
+    return to_wgmma(QArray.from_parts(format, codes, scale.astype(format.scale_dtype)), pairs=pairs)
 
 
 def layer_case(experts: int, tokens: int) -> dict:

@@ -22,6 +22,7 @@ import _bench_mixed_gemm as mixed
 import _bench_mixed_gemm_sm80 as ampere
 import _bench_mixed_grouped_gemm as experts
 import _bench_mla_decode as latent
+import _bench_moe_layer as mixture
 import _bench_mqa_logits as indexer
 import _bench_paged_attention as decode
 import _bench_prefill_attention as prefill
@@ -234,6 +235,9 @@ def makers(tokens: Sequence[int]) -> dict[str, list[Callable[[], Case]]]:
             experts.grouped_case, experts.grouped_cases(True), gated=True
         ),
         "mixed_grouped_gemm": made(experts.grouped_case, experts.grouped_cases(False), gated=False),
+        "moe_layer": crossed(
+            lambda e, m: Case(**mixture.layer_case(e, m)), mixture.EXPERTS, mixture.TOKENS
+        ),
         "paged_attention": made(decode.decode_case, decode.CASES),
         "prefill_attention": made(prefill.dense_case, prefill.DENSE),
         "paged_prefill_attention": made(prefill.paged_case, prefill.PAGED),

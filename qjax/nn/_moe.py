@@ -423,11 +423,13 @@ class Experts(nnx.Module):
         rows, places, group_sizes = expert_order(expert, count)
         y = self.feed_forward(product, x.reshape(-1, d), group_sizes, rows, places)
         places, weights = places.reshape(-1, k), weights.reshape(-1, k).astype(jnp.float32)
-        out = 0.0
-        for j in range(k):  # XLA makes one kernel of these, but two of a gather of all and a sum
+
+        def weighted(j: int) -> Array:
             rows = jnp.take(y, places[:, j], axis=0, mode="clip").astype(jnp.float32)
-            out += rows * weights[:, j, None]
-        return out.reshape(b, t, d)
+            return rows * weights[:, j, None]
+
+        # XLA makes one kernel of these, but two of a gather of all and a sum.
+        return functools.reduce(jnp.add, map(weighted, range(k))).reshape(b, t, d)
 
 
 class MoE(nnx.Module):
