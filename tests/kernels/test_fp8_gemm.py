@@ -207,7 +207,7 @@ def test_bad_arguments_are_named():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 7, 63, 129, 300, 4096])
-@pytest.mark.parametrize(("n", "k"), [*DEEPSEEK, (576, 7168), (2112, 512), (7168, 18432)])
+@pytest.mark.parametrize(("n", "k"), [*DEEPSEEK, (576, 7168), (2112, 128), (7168, 18432)])
 def test_gpu_matches_the_reference(m, n, k):
     for op, scaling in ((fp8_block_gemm, "block"), (fp8_rowwise_gemm, "row")):
         *args, bias = operands(m, n, k, scaling=scaling, seed=m)

@@ -289,7 +289,11 @@ def test_bad_arguments_are_named():
 @pytest.mark.parametrize("config", [c[-1] for c in CASES] + [None], ids=str)
 def test_gpu_matches_the_reference(config):
     rng = np.random.default_rng(1)
-    for lead, groups, n, k in (((700,), 6, 576, 1536), ((5, 300), 5, 2112, 400)):
+    for lead, groups, n, k in (
+        ((700,), 6, 576, 1536),
+        ((5, 300), 5, 2112, 400),
+        ((300,), 4, 320, 128),
+    ):
         if len(lead) == 1:
             sizes = rng.multinomial(lead[0] - 50, rng.dirichlet([0.4] * groups))
         else:

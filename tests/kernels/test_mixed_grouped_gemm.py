@@ -309,10 +309,13 @@ def test_bad_arguments_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 3, 10, 25, 100, 300])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"),
+    [*((rows, 576, 1472) for rows in (1, 3, 10, 25, 100, 300)), (2, 192, 192), (100, 192, 128)],
+)
 @pytest.mark.parametrize("element", list(TOLERANCE))
-def test_gpu_matches_the_reference(rows, element):
-    groups, n, k = 6, 576, 1472
+def test_gpu_matches_the_reference(rows, n, k, element):
+    groups = 6
     sizes = np.random.default_rng(1).multinomial(groups * rows, [0.3, 0, 0.5, 0.05, 0.05, 0.1])
     x = activations(groups * rows + 3, k)
     parts, values = weights(groups, 2 * n, k, element=element, scales=MODEST)
