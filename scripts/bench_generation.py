@@ -151,19 +151,24 @@ class Bench:
         return min(times[1:])
 
     def decode(self, batch: int, context: int, steps: int) -> float:
-        """Microseconds of a step that appends one token to each of `batch` sequences of `context` tokens."""
+        """Microseconds of a step that appends one token to each of `batch` sequences of `context` tokens.
+
+        At least `steps` are timed together.
+        """
         sampling = self.steps.put(SamplingArrays.of([SamplingParams()] * batch))
-        slots = self.steps.new_slots(batch, context + 3 * steps)
+        per_call = self.steps.tokens_per_call
+        calls = -(-steps // per_call)
+        slots = self.steps.new_slots(batch, context + 3 * calls * per_call)
         full = dataclasses.replace(slots.cache, lengths=jnp.full((batch,), context, jnp.int32))
         slots = dataclasses.replace(slots, cache=full)
-        active = self.steps.put(np.ones(batch, bool))
-        drawn, times = self.steps.put(np.arange(batch, dtype=np.int32)), []
+        wanted = self.steps.put(np.full(batch, per_call, np.int32))
+        tokens, times = self.steps.put(np.arange(batch, dtype=np.int32)), []
         for _ in range(3):
             begin = time.perf_counter()
-            for _ in range(steps):
-                slots, drawn = self.steps.decode(slots, drawn, active, sampling)
-            jax.block_until_ready(drawn)
-            times.append(1e6 * (time.perf_counter() - begin) / steps)
+            for _ in range(calls):
+                slots, tokens, _ = self.steps.decode(slots, tokens, wanted, sampling)
+            jax.block_until_ready(tokens)
+            times.append(1e6 * (time.perf_counter() - begin) / (calls * per_call))
         return min(times[1:])
 
 

@@ -11,7 +11,8 @@ from qjax.generation._steps import Steps
 from qjax.sampling import SamplingArrays, SamplingParams
 
 SMALLEST_PREFILL = 16
-Owners = list[tuple[int, Sequence]]
+Owners = list[tuple[int, Sequence, int]]
+"""Slots, their sequences, and how many tokens were asked for."""
 
 
 def bucket(n: int, smallest: int) -> int:
@@ -29,8 +30,9 @@ def run(
 ) -> Iterator[Increment]:
     """Completes the sequences, `batch` at a time, and yields their tokens as they are read.
 
-    A step is dispatched before the tokens of the one before are read, so that the device does not wait for
-    the host. A sequence that ends in a way that only the host sees costs one token that nobody reads.
+    A call is dispatched before the tokens of the one before are read, so that the device does not wait for
+    the host. A sequence that ends in a way that only the host sees costs tokens that nobody reads: the rest of
+    its call's and those of the next.
 
     Args:
         steps: The compiled functions.
@@ -57,12 +59,12 @@ def run(
         while len(in_flight) > (stepped is not None):
             tokens, owners = in_flight.popleft()
             # No copy is started ahead of this: one that is under way when the process exits aborts it.
-            drawn = np.asarray(tokens)
-            for row, sequence in owners:
-                if sequence.finish_reason is None:
-                    yield sequence.push(int(drawn[row]))
-                    if sequence.finish_reason is not None:
-                        state.free(row)
+            for i, drawn in enumerate(np.asarray(tokens).reshape(-1, batch)):
+                for row, sequence, count in owners:
+                    if i < count and sequence.finish_reason is None:
+                        yield sequence.push(int(drawn[row]))
+                        if sequence.finish_reason is not None:
+                            state.free(row)
 
 
 class _Schedule:
@@ -79,8 +81,8 @@ class _Schedule:
         self._rows: list[Sequence | None] = [None] * batch
         self._slots = steps.new_slots(batch, max_len)
         self._tokens = steps.put(np.zeros(batch, np.int32))
-        self._active_host = np.zeros(batch, bool)
-        self._active = steps.put(self._active_host)
+        self._wanted_host = np.zeros(batch, np.int32)
+        self._wanted = steps.put(self._wanted_host)
         self._sampling: SamplingArrays | None = None
 
     @property
@@ -97,17 +99,17 @@ class _Schedule:
         shard_rows = len(self._rows) // shards
         free = [row for row, sequence in enumerate(self._rows) if sequence is None]
         free.sort(key=lambda row: (row % shard_rows, row))  # spread over the shards
-        owners = []
+        owners: Owners = []
         for row in free[: len(self._waiting)]:
             sequence = self._rows[row] = self._waiting.popleft()
             sequence.start()
             sequence.requested = 1
-            owners.append((row, sequence))
+            owners.append((row, sequence, 1))
         if not owners:
             return None
         self._sampling = None
         # As many rows of each shard, for its pages are its own; what a shard lacks repeats its first slot.
-        by_shard = [[(r, s) for r, s in owners if r // shard_rows == i] for i in range(shards)]
+        by_shard = [[(r, s) for r, s, _ in owners if r // shard_rows == i] for i in range(shards)]
         count = bucket(max(map(len, by_shard)), 1)
         count = min(count, shard_rows)
         padded: list[tuple[int, Sequence | None]] = [
@@ -136,23 +138,26 @@ class _Schedule:
             )
 
     def step(self) -> tuple[Array, Owners] | None:
-        """Decodes a token of every sequence that needs one; None if none does."""
+        """Decodes tokens of every sequence that needs some; None if none does."""
+        most = self._steps.tokens_per_call
         owners = [
-            (row, s) for row, s in enumerate(self._rows) if s is not None and s.requested < s.limit
+            (row, s, min(s.limit - s.requested, most))
+            for row, s in enumerate(self._rows)
+            if s is not None and s.requested < s.limit
         ]
         if not owners:
             return None
-        active = np.zeros(len(self._rows), bool)
-        active[[row for row, _ in owners]] = True
-        if not np.array_equal(active, self._active_host):
-            self._active, self._active_host = self._steps.put(active), active
+        wanted = np.zeros(len(self._rows), np.int32)
+        for row, sequence, count in owners:
+            wanted[row] = count
+            sequence.requested += count
+        if not np.array_equal(wanted, self._wanted_host):
+            self._wanted, self._wanted_host = self._steps.put(wanted), wanted
         sampling = self._sampling
         if sampling is None:
             params = [SamplingParams() if s is None else s.params for s in self._rows]
             sampling = self._sampling = self._steps.put(SamplingArrays.of(params))
-        for _, sequence in owners:
-            sequence.requested += 1
-        self._slots, self._tokens = self._steps.decode(
-            self._slots, self._tokens, self._active, sampling
+        self._slots, self._tokens, drawn = self._steps.decode(
+            self._slots, self._tokens, self._wanted, sampling
         )
-        return self._tokens, owners
+        return drawn, owners

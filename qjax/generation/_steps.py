@@ -36,13 +36,21 @@ class Steps:
     """`prefill` and `decode` of a model, each compiled once per shape.
 
     Attributes:
+        tokens_per_call: Tokens that `decode` draws for each slot: a GPU is faster than the host that calls it.
         data_shards: Parts that the mesh cuts a batch into; slots come in multiples of it.
         trace_counts: How often each function was traced, for tests.
     """
 
-    def __init__(self, model: CausalLM, kv_cache: KVCacheFormat | None, page_size: int):
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_cache: KVCacheFormat | None,
+        page_size: int,
+        tokens_per_call: int = 1,
+    ):
         """Takes a loaded model; its weights become arguments of the compiled functions."""
         self._model, self._format, self._page_size = model, kv_cache, page_size
+        self.tokens_per_call = tokens_per_call
         self._graphdef, state = nnx.split(model)
         # A flat list is what jit dispatches fastest.
         self._weights, self._state_tree = jax.tree.flatten(state)
@@ -63,6 +71,8 @@ class Steps:
             shardings = jax.tree.map(lambda a: a.sharding, self.new_slots(self.data_shards, 1))
             options["out_shardings"] = (shardings, self._replicated)
         self._prefill = jax.jit(self._traced_prefill, donate_argnums=1, **options)
+        if mesh is not None:
+            options["out_shardings"] = (*options["out_shardings"], self._replicated)
         self._decode = jax.jit(self._traced_decode, donate_argnums=1, **options)
 
     def new_slots(self, batch: int, max_len: int) -> Slots:
@@ -108,18 +118,22 @@ class Steps:
         self,
         slots: Slots,
         tokens: Int[Array, " B"],
-        active: Bool[Array, " B"],
+        wanted: Int[Array, " B"],
         sampling: SamplingArrays,
-    ) -> tuple[Slots, Int[Array, " B"]]:
-        """Appends each active slot's last token and draws its next one.
+    ) -> tuple[Slots, Int[Array, " B"], Int[Array, "S B"]]:
+        """Appends each slot's last token and draws its next one, `tokens_per_call` times.
 
         Args:
             slots: Donated.
             tokens: Last token of each slot.
-            active: Slots with a sequence to go on with.
+            wanted: Tokens to draw for each slot, at most `tokens_per_call`; 0 for those without a sequence.
             sampling: Parameters of all slots.
+
+        Returns:
+            The slots, the last token of each, and those that were drawn, in order: slots that want no more
+            repeat their last.
         """
-        return self._decode(self._weights, slots, tokens, active, sampling)
+        return self._decode(self._weights, slots, tokens, wanted, sampling)
 
     def _run(self, weights, ids, cache, num_tokens) -> tuple[Array, KVCache]:
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._state_tree, weights))
@@ -153,9 +167,22 @@ class Steps:
         slots = Slots(cache, slots.seen.at[written].set(seen, mode="drop"))
         return slots, tokens.at[written].set(drawn, mode="drop")
 
-    def _traced_decode(self, weights, slots, tokens, active, sampling):
+    def _traced_decode(self, weights, slots, tokens, wanted, sampling):
         self.trace_counts["decode"] += 1
-        seen = slots.seen.at[jnp.arange(tokens.shape[0]), tokens].max(active)
-        logits, cache = self._run(weights, tokens[:, None], slots.cache, active.astype(jnp.int32))
-        drawn = sample(logits, sampling, cache.lengths, seen)
-        return Slots(cache, seen), jnp.where(active, drawn, tokens)
+
+        def step(carry, i):
+            (slots, tokens), active = carry, i < wanted
+            seen = slots.seen.at[jnp.arange(tokens.shape[0]), tokens].max(active)
+            valid = active.astype(jnp.int32)
+            logits, cache = self._run(weights, tokens[:, None], slots.cache, valid)
+            drawn = sample(logits, sampling, cache.lengths, seen)
+            tokens = jnp.where(active, drawn, tokens)
+            return (Slots(cache, seen), tokens), tokens
+
+        if self.tokens_per_call == 1:
+            (slots, tokens), drawn = step((slots, tokens), 0)
+            return slots, tokens, drawn[None]
+        # Within a loop buffers stay where they are, so that the steps' CUDA graph is not updated.
+        numbers = jnp.arange(self.tokens_per_call, dtype=wanted.dtype)
+        (slots, tokens), drawn = jax.lax.scan(step, (slots, tokens), numbers)
+        return slots, tokens, drawn

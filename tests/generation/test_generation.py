@@ -126,8 +126,9 @@ def test_tokens_do_not_depend_on_the_batch_around_them():
         assert crowd[3 - i].token_ids == crowd[4 + i].token_ids == completion.token_ids
 
 
-def test_more_prompts_than_slots_take_over_freed_slots():
-    g = generator(batch_size=2)
+@pytest.mark.parametrize("tokens_per_call", [1, 4])
+def test_more_prompts_than_slots_take_over_freed_slots(tokens_per_call):
+    g = generator(batch_size=2, tokens_per_call=tokens_per_call)
     rows = [dataclasses.replace(GREEDY, max_new_tokens=n) for n in (3, 30, 1, 12, 7)]
     prompts = [*PROMPTS, PROMPTS[0]]
     got = g.generate(prompts, rows)
@@ -164,7 +165,7 @@ def test_meshes_generate_the_same_tokens(mesh, scheme):
         params = DRAWN if i % 2 else GREEDY
         rows.append(dataclasses.replace(params, seed=i, max_new_tokens=n))
     expected = Generator(tiny(None, scheme), tokenizer()).generate(prompts, rows)
-    g = Generator(tiny(mesh, scheme), tokenizer(), batch_size=4)
+    g = Generator(tiny(mesh, scheme), tokenizer(), batch_size=4, tokens_per_call=3)
     assert [c.token_ids for c in g.generate(prompts, rows)] == [c.token_ids for c in expected]
     assert g.steps._decode._cache_size() == g.steps.trace_counts["decode"] == 1
 
