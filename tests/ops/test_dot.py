@@ -10,7 +10,7 @@ import pytest
 
 import qjax
 from qjax import QArray, quantize
-from qjax.ops._dispatch import choose
+from qjax.ops._dispatch import choose, simulate_gpu
 from qjax.quantization import quantize_activation
 from qjax.recipe import SCHEMES
 
@@ -81,6 +81,20 @@ def test_gradients_of_plain_products_stay_16_bits_wide():
     for found, exact in ((dx, g @ b), (dw, g.T @ a)):
         error = np.linalg.norm(float64(found.astype(jnp.float32)) - exact)
         assert error < 2**-7 * np.linalg.norm(exact)  # three roundings to bfloat16
+
+
+def test_one_row_on_a_gpu_is_the_same_product():
+    x, w, bias = normal(1, 1, 256, dtype=jnp.bfloat16), normal(96, 256, seed=1), normal(96, seed=2)
+
+    def loss(x, w):
+        return jnp.sum(qjax.dot(x, w, bias=bias, out_dtype="float32") ** 2)
+
+    expected = jax.value_and_grad(loss, (0, 1))(x, w)
+    with simulate_gpu():
+        found = jax.value_and_grad(loss, (0, 1))(x, w)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert a.shape == b.shape and np.linalg.norm(a - b) <= 3e-3 * np.linalg.norm(b)
 
 
 def test_quantized_activations_are_differentiated_straight_through():
